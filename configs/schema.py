@@ -1,0 +1,208 @@
+"""Every setting of millstream, typed, with its unit in its name or beside it.
+
+A file is a `PretrainConfig` or, when it has the key `task`, a `FinetuneConfig`. Values that follow from others
+(gradient accumulation, the DeepSpeed JSON, the number of samples) are computed where they are used: no settings.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]  # dropout: 1.0 would erase everything
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys are errors, values are never changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class TokenizerConfig(Section):
+    """How text becomes ids. `pretrained` loads `path`; the other types are trained on the sources."""
+
+    type: Literal["byte_bpe", "wordpiece", "unigram", "characters", "pretrained"] = "byte_bpe"
+    vocab_size: PositiveInt = 16_384  # in tokens, special ones included; characters, pretrained: their own
+    lowercase: bool = False  # wordpiece only: lower-case and strip accents, as bert-base-uncased does
+    path: str | None = None  # folder of vocab.json+merges.txt, vocab.txt, spiece.model or tokenizer.json
+    sample_bytes: PositiveInt = 50_000_000  # text the training reads, at most
+
+
+class BuildConfig(Section):
+    """Raw text to a dataset directory: read by `millstream data build`."""
+
+    sources: list[str] = []  # files, globs, folders: .txt .jsonl(.gz|.zst) .parquet, `datasets` on disk; `docstrings:`
+    text_key: str = "text"  # the field of jsonl, parquet and `datasets` records that holds the text
+    validation_sources: list[str] = []  # when given, these alone are the validation split
+    validation_fraction: Fraction = 0.01  # of the documents, chosen by a hash of their text
+    split_by: Literal["document", "tail"] = "document"  # tail: the last fraction of each document, in characters
+    deduplicate: bool = False  # drop exact and near duplicates
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    shard_tokens: PositiveInt = 100_000_000  # a shard is closed at the first document that passes this
+    on_error: Literal["stop", "skip"] = "stop"  # a broken record: stop and name it, or count it and go on
+    num_workers: int | None = None  # processes; none: the machine's cores. The result does not depend on it
+
+
+class MaskingConfig(Section):
+    """BERT's denoising objective (Devlin et al. 2019, section 3.1)."""
+
+    probability: Rate = 0.15  # share of tokens that become targets
+    mask_share: Fraction = 0.8  # of the targets: replaced by [MASK]
+    random_share: Fraction = 0.1  # of the targets: replaced by a random token; the rest stays
+    whole_word: bool = False  # choose words, not word pieces
+    next_sentence: bool = True  # NSP: two segments, half of the time the second is from another document
+
+
+class DataConfig(Section):
+    dir: str = "data/corpus"  # dataset directories `train/` and `validation/` and the tokenizer are in here
+    build: BuildConfig = BuildConfig()
+    masking: MaskingConfig = MaskingConfig()  # used by architecture bert
+    num_workers: Annotated[int, Field(ge=0)] = 0  # processes a rank uses to prepare batches ahead; 0: in the loop
+
+
+class ModelConfig(Section):
+    """A row of the size table in `pretrain/models/` (`preset`), any value of which can be overridden here."""
+
+    architecture: Literal["gpt", "bert"] = "gpt"
+    preset: str = "nano"
+    num_layers: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None  # none: 4 x hidden_size
+    max_seq_len: PositiveInt | None = None  # rows of the position table; none: the preset's, at least train.seq_len
+    dropout: Rate = 0.0  # on embeddings and residuals
+    attention_dropout: Rate = 0.0
+    activation_checkpointing: bool = False  # recompute each block in backward: less memory, a third more compute
+
+
+class OptimizerConfig(Section):
+    """AdamW; biases and normalisation weights are not decayed."""
+
+    lr: Annotated[float, Field(gt=0)] = 6e-4  # the peak
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 turns clipping off
+
+
+class ScheduleConfig(Section):
+    """The learning rate as a function of the step: linear warmup, then `type` down to `final_share` of the peak."""
+
+    type: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_share: Fraction = 0.1
+    decay_steps: PositiveInt | None = None  # wsd: length of the final decay; none: a tenth of train.num_steps
+
+
+class TrainConfig(Section):
+    num_steps: PositiveInt = 1000  # optimizer steps
+    seq_len: PositiveInt = 1024  # in tokens
+    global_batch_size: PositiveInt = 64  # in samples, over all ranks and accumulation steps
+    micro_batch_size: PositiveInt = 8  # in samples, on one rank at once
+    precision: Literal["bf16", "fp32"] = "bf16"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    seed: Annotated[int, Field(ge=0)] = 1234
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest valid checkpoint of run_dir
+
+
+class EvalConfig(Section):
+    every_steps: PositiveInt = 500
+    num_samples: PositiveInt = 256  # of the validation split, always the same ones; rounded up to whole batches
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt = 500
+    keep_last: PositiveInt = 3
+
+
+class LogConfig(Section):
+    every_steps: PositiveInt = 10  # lines on the terminal; metrics.jsonl has every step
+    tensorboard: bool = True
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO-3 (Rajbhandari et al. 2020): weights, gradients and optimizer state split over all ranks."""
+
+    persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # smaller parameters stay whole on each rank
+    bucket_elements: PositiveInt = 50_000_000  # gradients are reduced in buckets of this many elements
+
+
+class PretrainConfig(Section):
+    run_dir: str
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    zero: ZeroConfig = ZeroConfig()
+    deepspeed: dict[str, Any] = {}  # raw additions to the generated DeepSpeed JSON; may not contradict it
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> PretrainConfig:
+        train, model = self.train, self.model
+        if train.global_batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size={train.micro_batch_size}; choose a micro batch that divides it"
+            )
+        if train.schedule.warmup_steps > train.num_steps:
+            raise ValueError(
+                f"train.schedule.warmup_steps={train.schedule.warmup_steps} is more than "
+                f"train.num_steps={train.num_steps}: the peak would never be reached"
+            )
+        if model.max_seq_len is not None and train.seq_len > model.max_seq_len:
+            raise ValueError(
+                f"train.seq_len={train.seq_len} is more than model.max_seq_len={model.max_seq_len}; "
+                f"lower train.seq_len or raise model.max_seq_len"
+            )
+        if self.data.masking.mask_share + self.data.masking.random_share > 1:
+            raise ValueError("data.masking.mask_share + data.masking.random_share is more than 1")
+        return self
+
+
+class TuningConfig(Section):
+    num_epochs: Annotated[float, Field(gt=0)] = 3.0
+    batch_size: PositiveInt = 32  # in examples, over all ranks
+    micro_batch_size: PositiveInt = 32  # in examples, on one rank at once
+    max_seq_len: PositiveInt = 128  # in tokens; longer examples are cut
+    precision: Literal["bf16", "fp32"] = "bf16"
+    dropout: Rate | None = None  # none: the model's own
+    warmup_share: Fraction = 0.06  # of all steps; the rate then falls linearly to zero
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    seeds: list[int] = [1]  # one run each; metrics are reported for each, with mean and spread
+
+
+class FinetuneConfig(Section):
+    """A downstream task on a Hugging Face directory."""
+
+    task: Literal["classification"]
+    model: str  # the directory: an export of ours or anybody's
+    from_scratch: bool = False  # same architecture and tokenizer, weights drawn anew: the baseline
+    train: str  # file of training examples: .jsonl(.gz|.zst), .tsv or .csv
+    dev: str  # file of held-out examples
+    text_keys: list[str] = ["text"]  # one column, or two for sentence pairs
+    label_key: str = "label"
+    run_dir: str
+    max_train_examples: PositiveInt | None = None  # the first ones of the shuffled file
+    tuning: TuningConfig = TuningConfig()
+    log: LogConfig = LogConfig()
+    zero: ZeroConfig = ZeroConfig()
+    deepspeed: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> FinetuneConfig:
+        if self.tuning.batch_size % self.tuning.micro_batch_size:
+            raise ValueError(
+                f"tuning.batch_size={self.tuning.batch_size} is not a multiple of "
+                f"tuning.micro_batch_size={self.tuning.micro_batch_size}; choose a micro batch that divides it"
+            )
+        if not 1 <= len(self.text_keys) <= 2:
+            raise ValueError(f"text_keys={self.text_keys}: give one column, or two for sentence pairs")
+        if not self.tuning.seeds:
+            raise ValueError("tuning.seeds=[]: give at least one seed")
+        return self
