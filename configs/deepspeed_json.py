@@ -1,0 +1,81 @@
+"""Our schema -> DeepSpeed's JSON, as a pure function, so that it can be printed without importing deepspeed.
+
+The raw `deepspeed:` section is merged in last: it may add keys, but a key that is generated here keeps its value,
+because the same value in two places is how two configurations drift apart (transformers#29348, accelerate#1644).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.load import ConfigError
+from configs.schema import FinetuneConfig, PretrainConfig, ZeroConfig
+
+
+def deepspeed_json(config: PretrainConfig | FinetuneConfig, world_size: int) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a run on `world_size` ranks.
+
+    Raises ConfigError where the batch does not divide over the ranks or the `deepspeed:` section contradicts the rest.
+    """
+    if isinstance(config, PretrainConfig):
+        batch = config.train.global_batch_size
+        micro, precision, optimizer = config.train.micro_batch_size, config.train.precision, config.train.optimizer
+    else:
+        batch = config.tuning.batch_size
+        micro, precision, optimizer = config.tuning.micro_batch_size, config.tuning.precision, config.tuning.optimizer
+    generated = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation_steps(batch, micro, world_size),
+        "gradient_clipping": optimizer.grad_clip,
+        "bf16": {"enabled": precision == "bf16"},
+        # Sums of gradients in fp32: bf16 sums lose the small addends, and the loss then depends on the rank count.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": _zero_section(config.zero),
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,  # the run's own progress line is the only one
+    }
+    return _merge(generated, config.deepspeed, "deepspeed")
+
+
+def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro batches each rank adds up before one optimizer step; ConfigError where it is not a whole number."""
+    if batch_size % (micro_batch_size * world_size):
+        fitting = [m for m in range(1, batch_size + 1) if batch_size % (m * world_size) == 0]
+        cure = (
+            f"a micro batch of {max(m for m in fitting if m <= max(micro_batch_size, fitting[0]))} would divide"
+            if fitting
+            else f"no micro batch does with {world_size} ranks; choose a global batch that is a multiple of {world_size}"
+        )
+        raise ConfigError(
+            f"a global batch of {batch_size} samples does not divide into micro batches of {micro_batch_size} "
+            f"on {world_size} ranks: {batch_size} / ({micro_batch_size} x {world_size}) is not a whole number; {cure}"
+        )
+    return batch_size // (micro_batch_size * world_size)
+
+
+def _zero_section(zero: ZeroConfig) -> dict[str, Any]:
+    return {
+        "stage": 3,
+        "stage3_param_persistence_threshold": zero.persistence_threshold,
+        "reduce_bucket_size": zero.bucket_elements,
+        "stage3_prefetch_bucket_size": zero.bucket_elements,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+    }
+
+
+def _merge(generated: dict[str, Any], raw: dict[str, Any], where: str) -> dict[str, Any]:
+    merged = dict(generated)
+    for key, value in raw.items():
+        place = f"{where}.{key}"
+        if key not in generated:
+            merged[key] = value
+        elif isinstance(generated[key], dict) and isinstance(value, dict):
+            merged[key] = _merge(generated[key], value, place)
+        elif generated[key] != value:
+            raise ConfigError(
+                f"`{place}` is {value!r}, but the rest of the configuration makes it {generated[key]!r}; "
+                f"remove it and set the millstream key it comes from"
+            )
+    return merged

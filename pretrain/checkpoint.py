@@ -1,0 +1,228 @@
+"""Checkpoints that are whole or do not exist, and that any number of ranks can read.
+
+A checkpoint is a directory `step-00000100/` with one safetensors file per rank (its piece of every parameter and of the
+two Adam moments, flat fp32) and `manifest.json`: sizes and xxh3 hashes of the files, where each piece belongs, and the
+facts the run depends on. All of it is written into a hidden directory, flushed to disk, and renamed at the end by rank
+0, so a crash at any moment leaves the earlier checkpoints and at most a hidden leftover. No pickle is involved.
+
+Why not DeepSpeed's own files: they are pickles, they hold one opaque buffer per rank, and another number of ranks needs
+an offline conversion. Here a rank that loads reads the slices it owns out of whatever pieces there are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pretrain.runtime import Runtime
+
+FORMAT = 1
+
+
+@dataclass
+class Fragment:
+    """One rank's contiguous piece of one parameter; the tensors are flat, fp32, of equal length."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int  # index of the first element in the flattened parameter
+    tensors: dict[str, torch.Tensor]  # master, exp_avg, exp_avg_sq
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message names the file, the rank and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    step: int
+    facts: dict[str, Any]
+    pieces: dict[str, list[dict[str, Any]]]  # parameter -> [{file, start, length}, ...] in order of start
+    shapes: dict[str, tuple[int, ...]]
+
+
+def save(run_dir: Path, step: int, pieces: Iterable[Fragment], facts: dict[str, Any], runtime: Runtime) -> Path:
+    """Write the checkpoint of `step`; every rank calls it and returns only when all of it is safe on disk.
+
+    Raises CheckpointError on every rank if any rank cannot write; the half-written directory is removed then, and every
+    earlier checkpoint is untouched.
+    """
+    root = run_dir / "checkpoints"
+    target, aside = root / f"step-{step:08d}", root / f".writing-step-{step:08d}"
+    if runtime.is_first:
+        shutil.rmtree(aside, ignore_errors=True)
+        _attempt(lambda: aside.mkdir(parents=True))  # a failure here shows again, with its reason, in the next line
+    runtime.barrier()
+    name = f"rank-{runtime.rank:05d}.safetensors"
+    _agree(runtime, _attempt(lambda: _write_pieces(aside / name, list(pieces))), aside)
+    if runtime.is_first:
+        problem = _attempt(lambda: _finish(aside, target, step, runtime.world_size, facts))
+    else:
+        problem = None
+    _agree(runtime, problem, aside)
+    return target
+
+
+def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+    """The checkpoint with the highest step whose every file has its recorded size and hash.
+
+    Damaged ones are named through `say` and passed over, never removed.
+    """
+    for path in reversed(_step_directories(run_dir)):
+        try:
+            return open_checkpoint(path)
+        except CheckpointError as error:
+            say(f"{error}; going back to an earlier checkpoint")
+    return None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Check sizes and hashes of all files and return where everything lies. Raises CheckpointError naming the file."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {manifest['format']} is not the {FORMAT} this version reads")
+        for name, expected in manifest["files"].items():
+            _check_file(path / name, expected)
+        shapes = {name: tuple(entry["shape"]) for name, entry in manifest["parameters"].items()}
+        pieces = {name: entry["pieces"] for name, entry in manifest["parameters"].items()}
+        return Checkpoint(path, int(manifest["step"]), manifest["facts"], pieces, shapes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: manifest.json cannot be read ({type(error).__name__}: {error})") from error
+
+
+def reader(checkpoint: Checkpoint) -> Callable[[str, str, int, int], torch.Tensor]:
+    """A function (parameter, "master" or a moment, start, length) -> flat fp32 tensor, read from the pieces on disk."""
+    files = {name: safe_open(checkpoint.path / name, framework="pt") for name in _file_names(checkpoint)}
+
+    def read(parameter: str, key: str, start: int, length: int) -> torch.Tensor:
+        if parameter not in checkpoint.pieces:
+            raise CheckpointError(
+                f"{checkpoint.path}: has no parameter `{parameter}`; the model section of the configuration is not the "
+                f"one this checkpoint was written with"
+            )
+        parts = []
+        for piece in checkpoint.pieces[parameter]:
+            low, high = max(start, piece["start"]), min(start + length, piece["start"] + piece["length"])
+            if low < high:
+                whole = files[piece["file"]].get_slice(f"{key}/{parameter}")
+                parts.append(whole[low - piece["start"] : high - piece["start"]])
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    return read
+
+
+def weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
+    """A function parameter -> its whole fp32 tensor; only that parameter is in memory."""
+    read = reader(checkpoint)
+
+    def weight(parameter: str) -> torch.Tensor:
+        shape = checkpoint.shapes[parameter]
+        return read(parameter, "master", 0, torch.Size(shape).numel()).view(shape)
+
+    return weight
+
+
+def remove_old(run_dir: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` finished checkpoints, and leftovers of interrupted saves."""
+    for path in _step_directories(run_dir)[:-keep_last]:
+        shutil.rmtree(path)
+    for leftover in (run_dir / "checkpoints").glob(".writing-*"):
+        shutil.rmtree(leftover)
+
+
+def _step_directories(run_dir: Path) -> list[Path]:
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def _file_names(checkpoint: Checkpoint) -> set[str]:
+    return {piece["file"] for pieces in checkpoint.pieces.values() for piece in pieces}
+
+
+def _write_pieces(path: Path, pieces: list[Fragment]) -> None:
+    tensors = {f"{key}/{p.name}": t.cpu().contiguous() for p in pieces for key, t in p.tensors.items() if t.numel()}
+    layout = {p.name: {"shape": p.shape, "start": p.start, "length": p.tensors["master"].numel()} for p in pieces}
+    save_file(tensors, path, metadata={"layout": json.dumps(layout)})
+    _flush(path)
+
+
+def _finish(aside: Path, target: Path, step: int, world_size: int, facts: dict[str, Any]) -> None:
+    files, parameters = {}, {}
+    for rank in range(world_size):
+        name = f"rank-{rank:05d}.safetensors"
+        files[name] = {"bytes": (aside / name).stat().st_size, "xxh3_128": _hash(aside / name)}
+        with safe_open(aside / name, framework="pt") as opened:
+            layout = json.loads(opened.metadata()["layout"])
+        for parameter, piece in layout.items():
+            entry = parameters.setdefault(parameter, {"shape": piece["shape"], "pieces": []})
+            if piece["length"]:
+                entry["pieces"].append({"file": name, "start": piece["start"], "length": piece["length"]})
+    manifest = {"format": FORMAT, "step": step, "facts": facts, "files": files, "parameters": parameters}
+    (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    _flush(aside / "manifest.json")
+    if target.exists():  # the same step once more, after a resume from an earlier one: the new one replaces it
+        shutil.rmtree(target)
+    aside.rename(target)
+    _flush(target.parent)
+
+
+def _attempt(action: Callable[[], object]) -> str | None:
+    try:
+        action()
+    except Exception as error:  # whatever it is, the other ranks have to hear of it
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _agree(runtime: Runtime, problem: str | None, aside: Path) -> None:
+    """Raise on every rank if any rank had a problem."""
+    problems = [(rank, p) for rank, p in enumerate(runtime.gather(problem)) if p is not None]
+    if not problems:
+        return
+    if runtime.is_first:
+        shutil.rmtree(aside, ignore_errors=True)
+    rank, reason = problems[0]
+    raise CheckpointError(
+        f"{aside.parent}: rank {rank} could not write its part of the checkpoint ({reason}). Earlier checkpoints are "
+        f"untouched. Make room or write access there, then start the same command again: it resumes from the newest one."
+    )
+
+
+def _check_file(path: Path, expected: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise CheckpointError(f"{path}: has {size} bytes, the manifest says {expected['bytes']}")
+    found = _hash(path)
+    if found != expected["xxh3_128"]:
+        raise CheckpointError(f"{path}: is damaged (xxh3 {found}, the manifest says {expected['xxh3_128']})")
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

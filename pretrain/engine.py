@@ -1,0 +1,131 @@
+"""DeepSpeed ZeRO-3 around a plain module. This is the only file that imports deepspeed.
+
+The model is built under `zero.Init`: each parameter is cut into one piece per rank as soon as its module exists, so no
+rank ever holds the whole model. What a checkpoint needs of the engine (this rank's piece of every parameter and of
+its two Adam moments) comes out of `fragments` and goes back in through `load_fragments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import nn
+
+from configs.schema import OptimizerConfig
+from pretrain.checkpoint import Fragment
+from pretrain.optim import parameter_groups
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# DeepSpeed compiles a shared-memory all-reduce at its first start on a CPU (60 s, needs a compiler). ZeRO-3 moves its
+# data by all-gather and reduce-scatter, which that op does not serve, so it is left out.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def initialize(build: Callable[[], nn.Module], optimizer: OptimizerConfig, json: dict[str, Any]) -> Any:
+    """Build the model in pieces and return the DeepSpeed engine that trains it with AdamW.
+
+    Every rank calls it with the same arguments, after `runtime.start` and with the same torch seed. The module may have
+    `external_parameters()`: the (module, parameter) pairs in which a module uses a parameter of another, as with tied
+    embeddings; ZeRO-3 has to gather those by name.
+    """
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.init_distributed()
+    with deepspeed.zero.Init(config_dict_or_path=json):
+        model = build()
+    for module, parameter in getattr(model, "external_parameters", list)():
+        deepspeed.zero.register_external_parameter(module, parameter)
+    adamw = torch.optim.AdamW(
+        parameter_groups(model, optimizer.weight_decay),
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=json)
+    return engine
+
+
+def backward(engine: Any, loss: torch.Tensor) -> None:
+    """Add the gradient of `loss`, this rank's share of the global mean, to those of the step so far.
+
+    DeepSpeed divides by the number of ranks and of accumulation steps, which is the right mean only if all micro
+    batches have equally many targets. `loss` is already divided by the global count, so both divisions are undone.
+    """
+    engine.backward(loss * engine.world_size, scale_wrt_gas=False)
+
+
+def set_lr(engine: Any, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def grad_norm(engine: Any) -> float:
+    """The L2 norm of the last step's whole gradient, before clipping."""
+    return float(engine.get_global_grad_norm())
+
+
+def fragments(engine: Any) -> Iterator[Fragment]:
+    """This rank's piece of every trained parameter with its optimizer state; at least one step must have been made."""
+    for name, parameter in _trained(engine):
+        start, length = _own_range(engine, parameter)
+        tensors = {"master": safe_get_local_fp32_param(parameter)}
+        tensors |= {moment: safe_get_local_optimizer_state(parameter, moment) for moment in MOMENTS}
+        yield Fragment(name, tuple(parameter.ds_shape), start, {key: t[:length] for key, t in tensors.items()})
+
+
+def load_fragments(engine: Any, read: Callable[[str, str, int, int], torch.Tensor], optimizer_step: int) -> None:
+    """Fill weights and optimizer state from `read(parameter name, "master" or a moment, start, length)`.
+
+    `read` returns the flat fp32 elements [start, start + length) of the whole parameter, so a checkpoint of any number of
+    ranks can stand behind it. Called right after `initialize`, before the first forward.
+    """
+    for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        state = {"step": torch.tensor(float(optimizer_step), dtype=torch.float32, device=flat.device)}
+        engine.optimizer.optimizer.state[flat] = state | {moment: torch.zeros_like(flat) for moment in MOMENTS}
+    for name, parameter in _trained(engine):
+        start, length = _own_range(engine, parameter)
+        for key in ("master", *MOMENTS):
+            piece = torch.zeros(parameter.ds_tensor.numel(), dtype=torch.float32)  # the last rank's piece is padded
+            piece[:length] = read(name, key, start, length)
+            if key == "master":
+                safe_set_local_fp32_param(parameter, piece)
+                parameter.ds_tensor.data.copy_(piece)
+            else:
+                safe_set_local_optimizer_state(parameter, piece, key)
+
+
+def gather_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole parameters one after the other, as CPU tensors; every rank has to iterate, one parameter is in memory at once."""
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield name, parameter.detach().cpu().clone()
+
+
+def num_parameters(engine: Any) -> int:
+    return sum(parameter.ds_numel for _, parameter in engine.module.named_parameters())
+
+
+def close(engine: Any) -> None:
+    """Free what the engine holds, so that another one can be made in this process."""
+    engine.destroy()
+
+
+def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
+
+
+def _own_range(engine: Any, parameter: Any) -> tuple[int, int]:
+    """First element and number of elements of this rank's piece, without the padding at the end."""
+    size = parameter.ds_tensor.numel()
+    start = min(engine.global_rank * size, parameter.ds_numel)
+    return start, min(size, parameter.ds_numel - start)

@@ -1,0 +1,140 @@
+"""A checkpoint -> a Hugging Face directory: `millstream export RUN_DIR [step=N] [output=DIR]`.
+
+Parameters are read from the checkpoint one at a time and written in safetensors files of bounded size, so the weights
+of a model of any size pass through the host's memory only. Then the directory is loaded by transformers and its logits
+are compared with those of the training model; the directory gets its name only if they agree.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file: the packages lie beside this folder, not in it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from safetensors.torch import save_file
+
+from configs.load import ConfigError, load_pretrain
+from configs.schema import PretrainConfig
+from pretrain import checkpoint
+from pretrain.checkpoint import Checkpoint
+from pretrain.models import build_model, hf
+from pretrain.report import write_report
+
+SHARD_BYTES = 4 << 30
+TOLERANCE = 1e-4  # of the largest logit: fp32 on both sides, so only the order of additions differs
+GENERATE_TOKENS = 120
+
+
+def main() -> int:
+    run_dir, options = parse(sys.argv[1:])
+    config = load_pretrain(run_dir / "config.yaml")
+    found = choose_checkpoint(run_dir, options.get("step"))
+    output = Path(options.get("output", run_dir / "export"))
+    parity = export(config, found, run_dir / "tokenizer", output)
+    samples = generate(output) if config.model.architecture == "gpt" else []
+    if samples:
+        (run_dir / "samples.json").write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
+    write_report(run_dir)
+    print(f"exported step {found.step} to {output} (largest logit difference {parity:.1e})")
+    for sample in samples:
+        print(f"\n--- sample\n{sample}")
+    return 0
+
+
+def parse(words: list[str]) -> tuple[Path, dict[str, str]]:
+    """`RUN_DIR [step=N] [output=DIR]` -> the run directory and the options. Raises ConfigError."""
+    usage = "usage: millstream export RUN_DIR [step=N] [output=DIR]"
+    if not words or "=" in words[0]:
+        raise ConfigError(usage)
+    options = dict(word.partition("=")[::2] for word in words[1:])
+    if unknown := set(options) - {"step", "output"}:
+        raise ConfigError(f"unknown option {sorted(unknown)}; {usage}")
+    run_dir = Path(words[0])
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir}: is not a run directory (no config.yaml)")
+    return run_dir, options
+
+
+def choose_checkpoint(run_dir: Path, step: str | None) -> Checkpoint:
+    if step is not None:
+        return checkpoint.open_checkpoint(run_dir / "checkpoints" / f"step-{int(step):08d}")
+    found = checkpoint.newest_valid(run_dir)
+    if found is None:
+        raise checkpoint.CheckpointError(f"{run_dir}: has no valid checkpoint to export; train it first")
+    return found
+
+
+def export(config: PretrainConfig, found: Checkpoint, tokenizer_dir: Path, output: Path) -> float:
+    """Write `output` and return the largest absolute logit difference.
+
+    Raises CheckpointError if the reloaded model's logits differ by more than TOLERANCE times the largest logit; what
+    stood at `output` before is kept then.
+    """
+    aside = output.with_name(f".writing-{output.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(tokenizer_dir, aside)
+    vocab_size = json.loads((aside / "tokenizer_facts.json").read_text(encoding="utf-8"))["vocab_size"]
+    model = load_model(config, found, vocab_size)
+    (aside / "config.json").write_text(json.dumps(hf.hf_config(model.shape), indent=2), encoding="utf-8")
+    write_weights(found, aside)
+    difference, largest = compare_logits(model, aside, vocab_size, config.train.seq_len)
+    parity = {"max_abs_logit_difference": difference, "max_abs_logit": largest, "tolerance": TOLERANCE * largest}
+    (aside / "parity.json").write_text(json.dumps(parity, indent=2), encoding="utf-8")
+    if not difference <= TOLERANCE * largest:
+        shutil.rmtree(aside)
+        raise checkpoint.CheckpointError(
+            f"{output}: not written: the reloaded model's logits differ by {difference:.3g} from the training model's "
+            f"(allowed {TOLERANCE * largest:.3g})"
+        )
+    shutil.rmtree(output, ignore_errors=True)
+    aside.rename(output)
+    return difference
+
+
+def load_model(config: PretrainConfig, found: Checkpoint, vocab_size: int) -> torch.nn.Module:
+    """The training model in fp32 on the CPU, filled from the checkpoint."""
+    model = build_model(config.model, vocab_size, config.train.seq_len)
+    weight = checkpoint.weights(found)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weight(name))
+    return model.eval()
+
+
+def write_weights(found: Checkpoint, directory: Path, architecture: str) -> None:
+    """Write the parameters under transformers' names into safetensors files of at most SHARD_BYTES each."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    weight_map: dict[str, str] = {}
+    size = total = 0
+
+    def close_shard() -> None:
+        name = f"model-{len(shards):05d}.safetensors"
+        save_file(shards[-1], directory / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shards[-1], name))
+        shards[-1] = {}
+
+    weight = checkpoint.weights(found)
+    for ours in found.shapes:
+        for name, tensor in hf.to_hf(architecture, ours, weight(ours)):
+            bytes_more = tensor.numel() * tensor.element_size()
+            if size and size + bytes_more > SHARD_BYTES:
+                close_shard()
+                shards.append({})
+                size = 0
+            shards[-1][name] = tensor.contiguous()
+            size, total = size + bytes_more, total + bytes_more
+    close_shard()
+    if len(shards) == 1:
+        (directory / "model-00001.safetensors").rename(directory / "model.safetensors")
+        return
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

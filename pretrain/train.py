@@ -1,0 +1,203 @@
+"""The training loop. `millstream pretrain CONFIG`, or `deepspeed pretrain/train.py --config CONFIG [key=value ...]`.
+
+Read `train_step` first: it is all that happens between two optimizer steps. Everything is a function of the step
+number: the samples (data_pipeline/order.py), the learning rate, the dropout seed. So a run that is interrupted and
+resumed writes, bit for bit, the numbers it would have written anyway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a file: the packages lie beside this folder, not in it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from data_pipeline.stream import Stream, open_stream
+
+from configs.deepspeed_json import deepspeed_json
+from configs.load import ConfigError, dump, load_pretrain
+from configs.schema import PretrainConfig
+from pretrain import checkpoint, engine, runtime
+from pretrain.metrics import open_metrics
+from pretrain.models import build_model
+from pretrain.objective import count_targets, global_mean
+from pretrain.optim import learning_rate
+from pretrain.report import write_report
+from pretrain.runtime import Runtime, StopRequest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says the same")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    config = load_pretrain(arguments.config, arguments.overrides)
+    ranks = runtime.start()
+    try:
+        return train(config, ranks)
+    finally:
+        runtime.stop()
+
+
+def train(config: PretrainConfig, ranks: Runtime) -> int:
+    """Train to the last step or to a stop request, from the newest checkpoint if there is one; returns the exit code."""
+    stop = StopRequest()
+    data, validation = open_stream(config, "train"), open_stream(config, "validation")
+    run_dir = prepare_run_dir(config, data, ranks)
+    runtime.seed_all(config.train.seed)
+    model = engine.initialize(
+        lambda: build_model(config.model, data.vocab_size, config.train.seq_len),
+        config.train.optimizer,
+        deepspeed_json(config, ranks.world_size),
+    )
+    step = resume(config, model, data, run_dir, ranks)
+    with open_metrics(run_dir, step, config.train.num_steps, config.log, ranks.is_first) as metrics:
+        if step == 0:
+            metrics.log(evaluate(config, model, validation, step, ranks))
+        while step < config.train.num_steps:
+            metrics.log(train_step(config, model, data, step, ranks))
+            step += 1
+            last = step == config.train.num_steps or stop.on_any_rank(ranks)
+            if last or step % config.eval.every_steps == 0:
+                metrics.log(evaluate(config, model, validation, step, ranks))
+            if last or step % config.checkpoint.every_steps == 0:
+                save(config, model, data, step, run_dir, ranks)
+            if last:
+                break
+    if ranks.is_first:
+        write_report(run_dir)
+    return 0 if step == config.train.num_steps else 128 + (stop.signal or 15)
+
+
+def train_step(config: PretrainConfig, model: Any, data: Stream, step: int, ranks: Runtime) -> dict[str, float]:
+    """One optimizer step, from `step` to `step + 1`; returns its line for metrics.jsonl."""
+    started = time.perf_counter()
+    runtime.seed_all(config.train.seed, step, ranks.rank)  # dropout
+    lr = learning_rate(step, config.train.num_steps, config.train.optimizer.lr, config.train.schedule)
+    engine.set_lr(model, lr)
+
+    batches = data.micro_batches(step, ranks.rank, ranks.world_size)
+    counts = sum_over_ranks(count_targets(batches), ranks)
+    totals = dict.fromkeys(counts, 0.0)
+    for batch in batches:
+        sums = model(**runtime.to_device(batch, ranks.device))
+        engine.backward(model, global_mean(sums, counts))
+        model.step()  # clips and updates after the last of the micro batches, only counts before
+        totals = {name: total + sums[name].detach() for name, total in totals.items()}
+    losses = mean_losses(sum_over_ranks(totals, ranks), counts)
+
+    seconds = time.perf_counter() - started
+    tokens = config.train.global_batch_size * config.train.seq_len
+    return {
+        "step": step + 1,
+        **losses,
+        "lr": lr,
+        "grad_norm": engine.grad_norm(model),
+        "tokens": (step + 1) * tokens,
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+    }
+
+
+@torch.no_grad()
+def evaluate(config: PretrainConfig, model: Any, validation: Stream, step: int, ranks: Runtime) -> dict[str, float]:
+    """Mean losses over the same held-out samples each time; the perplexity is of the token loss, without NSP."""
+    model.eval()
+    totals: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    for batch in validation.eval_batches(config.eval.num_samples, ranks.rank, ranks.world_size):
+        for name, loss in model(**runtime.to_device(batch, ranks.device)).items():
+            totals[name] = totals.get(name, 0.0) + loss
+        for name, count in count_targets([batch]).items():
+            counts[name] = counts.get(name, 0) + count
+    losses = mean_losses(sum_over_ranks(totals, ranks), sum_over_ranks(counts, ranks))
+    token_loss = losses.get("loss_clm", losses.get("loss_mlm", losses["loss"]))
+    perplexity = {"eval_perplexity": math.exp(min(token_loss, 700.0))}  # exp overflows beyond
+    return {"step": step, **{f"eval_{name}": loss for name, loss in losses.items()}, **perplexity}
+
+
+def sum_over_ranks(values: dict[str, Any], ranks: Runtime) -> dict[str, float]:
+    """Sum each entry over all ranks, in fp64."""
+    totals = ranks.sum(torch.tensor([float(value) for value in values.values()], dtype=torch.float64))
+    return dict(zip(values, totals.tolist(), strict=True))
+
+
+def mean_losses(totals: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
+    """`loss`, the sum of the objectives' means, and with several objectives each one's mean as `loss_NAME`."""
+    means = {name: totals[name] / max(counts[name], 1) for name in totals}
+    parts = {f"loss_{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
+    return {"loss": sum(means.values()), **parts}
+
+
+def prepare_run_dir(config: PretrainConfig, data: Stream, ranks: Runtime) -> Path:
+    """Make the run directory with the resolved configuration and the tokenizer, so that it needs nothing from outside."""
+    run_dir = Path(config.run_dir)
+    problem = None
+    if ranks.is_first:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+            shutil.copytree(data.tokenizer_dir, run_dir / "tokenizer", dirs_exist_ok=True, ignore=only_tokenizer_files)
+        except OSError as error:
+            problem = f"run_dir={config.run_dir}: cannot be written ({error}); choose a directory you can write to"
+    if reasons := [reason for reason in ranks.gather(problem) if reason]:
+        raise ConfigError(str(reasons[0]))
+    return run_dir
+
+
+def only_tokenizer_files(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if name == "manifest.json" or name.endswith(".tokens")]
+
+
+def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, ranks: Runtime) -> int:
+    """Fill the model from the newest valid checkpoint and return its step; 0 where there is none."""
+    say = print if ranks.is_first else lambda text: None
+    found = checkpoint.newest_valid(run_dir, say)
+    if config.train.resume == "never":
+        if found:
+            raise ConfigError(f"train.resume=never, but {found.path} exists; choose another run_dir or resume=auto")
+        return 0
+    steps = set(ranks.gather(found.step if found else 0))
+    if len(steps) > 1:
+        raise checkpoint.CheckpointError(
+            f"{run_dir}: the ranks see different newest checkpoints: steps {sorted(steps)}"
+        )
+    if found is None:
+        return 0
+    for name, now in order_facts(config, data).items():
+        if found.facts[name] != now:
+            raise ConfigError(
+                f"{found.path}: was written with {name}={found.facts[name]}, now it is {now}; the order of the samples "
+                f"would change in the middle of the run. Restore it, or start a new run_dir"
+            )
+    engine.load_fragments(model, checkpoint.reader(found), found.step)
+    say(f"going on from {found.path}")
+    return found.step
+
+
+def save(config: PretrainConfig, model: Any, data: Stream, step: int, run_dir: Path, ranks: Runtime) -> None:
+    checkpoint.save(run_dir, step, engine.fragments(model), order_facts(config, data), ranks)
+    if ranks.is_first:
+        checkpoint.remove_old(run_dir, config.checkpoint.keep_last)
+
+
+def order_facts(config: PretrainConfig, data: Stream) -> dict[str, Any]:
+    """What the order of the samples is a function of, besides the step."""
+    return {
+        "seed": config.train.seed,
+        "dataset": data.dataset.fingerprint,
+        "global_batch_size": config.train.global_batch_size,
+        "seq_len": config.train.seq_len,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
