@@ -41,12 +41,10 @@ def deepspeed_json(config: PretrainConfig | FinetuneConfig, world_size: int) -> 
 def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """Micro batches each rank adds up before one optimizer step; ConfigError where it is not a whole number."""
     if batch_size % (micro_batch_size * world_size):
-        fitting = [m for m in range(1, batch_size + 1) if batch_size % (m * world_size) == 0]
-        cure = (
-            f"a micro batch of {max(m for m in fitting if m <= max(micro_batch_size, fitting[0]))} would divide"
-            if fitting
-            else f"no micro batch does with {world_size} ranks; choose a global batch that is a multiple of {world_size}"
-        )
+        fitting = [m for m in range(1, micro_batch_size + 1) if batch_size % (m * world_size) == 0]
+        cure = f"choose a global batch that is a multiple of {world_size}"
+        if fitting:
+            cure = f"a micro batch of {fitting[-1]} would divide"
         raise ConfigError(
             f"a global batch of {batch_size} samples does not divide into micro batches of {micro_batch_size} "
             f"on {world_size} ranks: {batch_size} / ({micro_batch_size} x {world_size}) is not a whole number; {cure}"

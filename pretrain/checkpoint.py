@@ -197,7 +197,7 @@ def _agree(runtime: Runtime, problem: str | None, aside: Path) -> None:
     rank, reason = problems[0]
     raise CheckpointError(
         f"{aside.parent}: rank {rank} could not write its part of the checkpoint ({reason}). Earlier checkpoints are "
-        f"untouched. Make room or write access there, then start the same command again: it resumes from the newest one."
+        f"untouched. Make room or write access there, then start the same command again: it goes on from the newest."
     )
 
 

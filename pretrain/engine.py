@@ -86,8 +86,8 @@ def fragments(engine: Any) -> Iterator[Fragment]:
 def load_fragments(engine: Any, read: Callable[[str, str, int, int], torch.Tensor], optimizer_step: int) -> None:
     """Fill weights and optimizer state from `read(parameter name, "master" or a moment, start, length)`.
 
-    `read` returns the flat fp32 elements [start, start + length) of the whole parameter, so a checkpoint of any number of
-    ranks can stand behind it. Called right after `initialize`, before the first forward.
+    `read` returns the flat fp32 elements [start, start + length) of the whole parameter, so a checkpoint of any number
+    of ranks can stand behind it. Called right after `initialize`, before the first forward.
     """
     for flat in engine.optimizer.fp32_partitioned_groups_flat:
         state = {"step": torch.tensor(float(optimizer_step), dtype=torch.float32, device=flat.device)}
@@ -105,7 +105,7 @@ def load_fragments(engine: Any, read: Callable[[str, str, int, int], torch.Tenso
 
 
 def gather_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole parameters one after the other, as CPU tensors; every rank has to iterate, one parameter is in memory at once."""
+    """Whole parameters one after the other, as CPU tensors; every rank iterates, one is in memory at once."""
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             yield name, parameter.detach().cpu().clone()

@@ -81,7 +81,7 @@ def export(config: PretrainConfig, found: Checkpoint, tokenizer_dir: Path, outpu
     vocab_size = json.loads((aside / "tokenizer_facts.json").read_text(encoding="utf-8"))["vocab_size"]
     model = load_model(config, found, vocab_size)
     (aside / "config.json").write_text(json.dumps(hf.hf_config(model.shape), indent=2), encoding="utf-8")
-    write_weights(found, aside)
+    write_weights(found, config.model.architecture, aside)
     difference, largest = compare_logits(model, aside, vocab_size, config.train.seq_len)
     parity = {"max_abs_logit_difference": difference, "max_abs_logit": largest, "tolerance": TOLERANCE * largest}
     (aside / "parity.json").write_text(json.dumps(parity, indent=2), encoding="utf-8")
@@ -106,7 +106,7 @@ def load_model(config: PretrainConfig, found: Checkpoint, vocab_size: int) -> to
     return model.eval()
 
 
-def write_weights(found: Checkpoint, directory: Path, architecture: str) -> None:
+def write_weights(found: Checkpoint, architecture: str, directory: Path) -> None:
     """Write the parameters under transformers' names into safetensors files of at most SHARD_BYTES each."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     weight_map: dict[str, str] = {}
@@ -134,6 +134,35 @@ def write_weights(found: Checkpoint, directory: Path, architecture: str) -> None
         return
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def compare_logits(model: torch.nn.Module, directory: Path, vocab_size: int, seq_len: int) -> tuple[float, float]:
+    """The largest absolute difference and the largest absolute logit, over all heads, on random ids (2, seq_len)."""
+    from transformers import AutoModelForCausalLM, AutoModelForPreTraining
+
+    ids = torch.randint(vocab_size, (2, seq_len), generator=torch.Generator().manual_seed(0))
+    auto = AutoModelForCausalLM if model.architecture == "gpt" else AutoModelForPreTraining
+    reloaded = auto.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        ours, theirs = model(ids), reloaded(ids)
+    pairs = [(ours, theirs.logits)] if model.architecture == "gpt" else []
+    if not pairs:
+        pairs = [(ours[0], theirs.prediction_logits), (ours[1], theirs.seq_relationship_logits)]
+    difference = max((a.float() - b.float()).abs().max().item() for a, b in pairs)
+    return difference, max(a.abs().max().item() for a, _ in pairs)
+
+
+def generate(directory: Path) -> list[str]:
+    """Three texts sampled from the exported model (top-k 40, temperature 0.8), reproducibly."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    torch.manual_seed(0)
+    start = torch.full((3, 1), tokenizer.eos_token_id)
+    length = min(GENERATE_TOKENS, model.config.n_positions)
+    ids = model.generate(start, do_sample=True, top_k=40, temperature=0.8, max_length=length, pad_token_id=start[0, 0])
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
 
 
 if __name__ == "__main__":

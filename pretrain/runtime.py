@@ -87,7 +87,7 @@ def to_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[s
 
 
 class StopRequest:
-    """True once SIGTERM or SIGUSR1 has arrived: the loop finishes its step, saves and ends. A second one ends at once."""
+    """Notes SIGTERM and SIGUSR1: the loop finishes its step, saves and ends. A second signal ends at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

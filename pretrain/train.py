@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def train(config: PretrainConfig, ranks: Runtime) -> int:
-    """Train to the last step or to a stop request, from the newest checkpoint if there is one; returns the exit code."""
+    """Train to the last step or a stop request, from the newest checkpoint if there is one; returns the exit code."""
     stop = StopRequest()
     data, validation = open_stream(config, "train"), open_stream(config, "validation")
     run_dir = prepare_run_dir(config, data, ranks)
@@ -138,7 +138,7 @@ def mean_losses(totals: dict[str, float], counts: dict[str, float]) -> dict[str,
 
 
 def prepare_run_dir(config: PretrainConfig, data: Stream, ranks: Runtime) -> Path:
-    """Make the run directory with the resolved configuration and the tokenizer, so that it needs nothing from outside."""
+    """Make the run directory with the resolved configuration and the tokenizer: it needs nothing from outside."""
     run_dir = Path(config.run_dir)
     problem = None
     if ranks.is_first:

@@ -1,0 +1,41 @@
+"""Packaging. torch comes first and deepspeed second, both outside of this file's order: `make venv` does it right."""
+
+from setuptools import find_packages, setup
+
+PACKAGES = ("configs", "data_pipeline", "pretrain", "finetune", "launcher")
+
+setup(
+    name="millstream",
+    version="0.1.0",
+    description="Distributed pretraining: raw text in, a pretrained GPT or BERT out, fine-tuned for the task at hand",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=[f"{name}*" for name in PACKAGES]),
+    package_data={"configs": ["*/*.yaml"]},
+    entry_points={"console_scripts": ["millstream = launcher.cli:main"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19",
+        "transformers>=5.17",
+        "datasets",
+        "sentencepiece",
+        "mpi4py",
+        "tokenizers",
+        "tiktoken",
+        "numpy",
+        "pyarrow",
+        "zstandard",
+        "fsspec",
+        "xxhash",
+        "safetensors",
+        "pydantic>=2",
+        "pyyaml",
+        "rich",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={
+        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "hypothesis", "scikit-learn"],
+        "bench": ["accelerate"],
+    },
+)
