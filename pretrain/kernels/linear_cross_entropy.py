@@ -1,0 +1,80 @@
+"""The output layer and its cross entropy in one operation that never holds all logits.
+
+    loss = sum_i logsumexp(W h_i + b) - (W h_i + b)[y_i]
+
+Logits of (4096, 16384) take 268 MB in fp32, four times over in a plain implementation (logits, their fp32 copy, the
+softmax, its gradient). Here a chunk of rows at a time goes through matmul, softmax and both gradient products, and only
+the gradients stay: they do not depend on what comes after, except for one factor. The idea is that of Liger-Kernel's
+fused linear cross entropy (Hsu et al. 2024) and of Wijmans et al. 2024; this is plain PyTorch, for any device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import FunctionCtx
+
+IGNORE_INDEX = -100
+CHUNK_ELEMENTS = 1 << 23  # logits in memory at once; on a 2-core CPU smaller and larger chunks were slower
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> torch.Tensor:
+    """Sum of cross entropies of `hidden @ weight.T + bias` over the rows whose label is not IGNORE_INDEX.
+
+    hidden (num, hidden_size), weight (vocab, hidden_size), bias (vocab,) or None: fp32 or bf16, one dtype; labels
+    (num,) int64. Returns an fp32 scalar; the softmax is computed in fp32. Raises ValueError for a label that is
+    neither IGNORE_INDEX nor in [0, vocab).
+    """
+    kept = labels != IGNORE_INDEX
+    hidden, labels = hidden[kept], labels[kept]
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < weight.shape[0]:
+        raise ValueError(
+            f"labels from {int(labels.min())} to {int(labels.max())}, but the vocabulary has {weight.shape[0]} "
+            f"entries: the dataset was made with another tokenizer than the model"
+        )
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        needs_grad = any(ctx.needs_input_grad)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
+        # fp32: a chunk adds little to what the earlier ones have summed up, and bf16 would round it away.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_grad and bias is not None else None
+        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits = hidden[rows] @ weight.t() if bias is None else torch.addmm(bias, hidden[rows], weight.t())
+            target = labels[rows, None]
+            log_probabilities = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+            loss -= log_probabilities.gather(1, target).sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            grad_logits = log_probabilities.exp_()
+            grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden[rows] = grad_logits @ weight
+            grad_weight += grad_logits.t() @ hidden[rows]
+        ctx.grads = (  # type: ignore[attr-defined]
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_loss: torch.Tensor):  # type: ignore[override]
+        scaled = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.grads]  # type: ignore[attr-defined]
+        return *scaled, None

@@ -1,0 +1,114 @@
+"""GPT-2 and GPT-3 (Radford et al. 2019; Brown et al. 2020): pre-norm decoder, learned positions, tied embeddings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.kernels.linear_cross_entropy import linear_cross_entropy
+from pretrain.models.layers import MLP, Attention, Embedding, attention_mask
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class GPTShape:
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    max_seq_len: int
+    vocab_size: int = 50_257
+    intermediate_size: int | None = None  # None: 4 x hidden_size
+
+
+# GPT-2: table 2 of Radford et al. 2019 (parameters counted with the tied embedding once). GPT-3: table 2.1 of Brown et
+# al. 2020; where its head count times head size is not the width, the head count that divides the width is used.
+SIZES = {
+    "nano": GPTShape(4, 256, 4, 256),
+    "gpt2": GPTShape(12, 768, 12, 1024),
+    "gpt2-medium": GPTShape(24, 1024, 16, 1024),
+    "gpt2-large": GPTShape(36, 1280, 20, 1024),
+    "gpt2-xl": GPTShape(48, 1600, 25, 1024),
+    "gpt3-125m": GPTShape(12, 768, 12, 2048),
+    "gpt3-350m": GPTShape(24, 1024, 16, 2048),
+    "gpt3-760m": GPTShape(24, 1536, 16, 2048),
+    "gpt3-1.3b": GPTShape(24, 2048, 16, 2048),
+    "gpt3-2.7b": GPTShape(32, 2560, 32, 2048),
+    "gpt3-6.7b": GPTShape(32, 4096, 32, 2048),
+    "gpt3-13b": GPTShape(40, 5120, 40, 2048),
+    "gpt3-175b": GPTShape(96, 12288, 96, 2048),
+}
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the two output layers start smaller by sqrt(2 x num_layers)."""
+
+    def __init__(self, shape: GPTShape, dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        output_std = INIT_STD / math.sqrt(2 * shape.num_layers)
+        self.attention_norm = nn.LayerNorm(shape.hidden_size)
+        self.attention = Attention(
+            shape.hidden_size, shape.num_heads, attention_dropout, INIT_STD, output_std, causal=True
+        )
+        self.mlp_norm = nn.LayerNorm(shape.hidden_size)
+        intermediate_size = shape.intermediate_size or 4 * shape.hidden_size
+        self.mlp = MLP(shape.hidden_size, intermediate_size, "tanh", INIT_STD, output_std)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    architecture = "gpt"
+
+    def __init__(
+        self,
+        shape: GPTShape,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.activation_checkpointing = activation_checkpointing
+        self.word_embeddings = Embedding(shape.vocab_size, shape.hidden_size, INIT_STD)
+        self.position_embeddings = Embedding(shape.max_seq_len, shape.hidden_size, INIT_STD)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(shape, dropout, attention_dropout) for _ in range(shape.num_layers))
+        self.final_norm = nn.LayerNorm(shape.hidden_size)
+
+    def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        """(module, parameter) where a module uses a parameter of another one: the output layer is the embedding."""
+        return [(self, self.word_embeddings.weight)]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        segment_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """All inputs are (batch, seq), int64 (segment_ids: int32).
+
+        Without labels: logits, (batch, seq, vocab). With labels (already shifted; -100 is no target): {"clm": sum of
+        the cross entropies over the targets, fp32 scalar}.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        mask = attention_mask(segment_ids, causal=True)
+        x = self.dropout(self.word_embeddings(input_ids) + self.position_embeddings(position_ids))
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask)
+        x = self.final_norm(x)
+        if labels is None:
+            return x @ self.word_embeddings.weight.t()
+        return {"clm": linear_cross_entropy(x.flatten(0, 1), self.word_embeddings.weight, None, labels.flatten())}
