@@ -56,10 +56,10 @@ def table(speeds: dict[str, list[float]]) -> str:
     ]
     for name, values in speeds.items():
         ratios = [a / b for a, b in zip(values, speeds["trainer"], strict=True)]
-        middle = statistics.median(values)
+        middle, ratio = statistics.median(values), statistics.median(ratios)
         lines.append(
             f"| {name} | {middle:,.0f} ({min(values):,.0f} - {max(values):,.0f}) "
-            f"| {middle * flops_per_token() / 1e12:.3f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}) |"
+            f"| {middle * flops_per_token() / 1e12:.3f} | {ratio:.2f} ({min(ratios):.2f} - {max(ratios):.2f}) |"
         )
     return "\n".join(lines)
 

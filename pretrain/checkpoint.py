@@ -160,7 +160,8 @@ def _write_pieces(path: Path, pieces: list[Fragment]) -> None:
 
 
 def _finish(aside: Path, target: Path, step: int, world_size: int, facts: dict[str, Any]) -> None:
-    files, parameters = {}, {}
+    files: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
     for rank in range(world_size):
         name = f"rank-{rank:05d}.safetensors"
         files[name] = {"bytes": (aside / name).stat().st_size, "xxh3_128": _hash(aside / name)}

@@ -120,7 +120,7 @@ def close(engine: Any) -> None:
     engine.destroy()
 
 
-def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+def _trained(engine: Any) -> Iterator[tuple[str, Any]]:
     return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
 
 

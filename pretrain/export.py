@@ -17,12 +17,15 @@ if not __package__:  # started as a file: the packages lie beside this folder, n
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForPreTraining, AutoTokenizer
 
 from configs.load import ConfigError, load_pretrain
 from configs.schema import PretrainConfig
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoint
 from pretrain.models import build_model, hf
+from pretrain.models.bert import Bert
+from pretrain.models.gpt import GPT
 from pretrain.report import write_report
 
 SHARD_BYTES = 4 << 30
@@ -78,11 +81,11 @@ def export(config: PretrainConfig, found: Checkpoint, tokenizer_dir: Path, outpu
     aside = output.with_name(f".writing-{output.name}")
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(tokenizer_dir, aside)
-    vocab_size = json.loads((aside / "tokenizer_facts.json").read_text(encoding="utf-8"))["vocab_size"]
-    model = load_model(config, found, vocab_size)
-    (aside / "config.json").write_text(json.dumps(hf.hf_config(model.shape), indent=2), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(aside)
+    model = load_model(config, found, len(tokenizer))
+    (aside / "config.json").write_text(json.dumps(hf.hf_config(model.shape, tokenizer.eos_token_id), indent=2))
     write_weights(found, config.model.architecture, aside)
-    difference, largest = compare_logits(model, aside, vocab_size, config.train.seq_len)
+    difference, largest = compare_logits(model, aside, len(tokenizer), config.train.seq_len)
     parity = {"max_abs_logit_difference": difference, "max_abs_logit": largest, "tolerance": TOLERANCE * largest}
     (aside / "parity.json").write_text(json.dumps(parity, indent=2), encoding="utf-8")
     if not difference <= TOLERANCE * largest:
@@ -96,7 +99,7 @@ def export(config: PretrainConfig, found: Checkpoint, tokenizer_dir: Path, outpu
     return difference
 
 
-def load_model(config: PretrainConfig, found: Checkpoint, vocab_size: int) -> torch.nn.Module:
+def load_model(config: PretrainConfig, found: Checkpoint, vocab_size: int) -> GPT | Bert:
     """The training model in fp32 on the CPU, filled from the checkpoint."""
     model = build_model(config.model, vocab_size, config.train.seq_len)
     weight = checkpoint.weights(found)
@@ -136,33 +139,30 @@ def write_weights(found: Checkpoint, architecture: str, directory: Path) -> None
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def compare_logits(model: torch.nn.Module, directory: Path, vocab_size: int, seq_len: int) -> tuple[float, float]:
+def compare_logits(model: GPT | Bert, directory: Path, vocab_size: int, seq_len: int) -> tuple[float, float]:
     """The largest absolute difference and the largest absolute logit, over all heads, on random ids (2, seq_len)."""
-    from transformers import AutoModelForCausalLM, AutoModelForPreTraining
-
     ids = torch.randint(vocab_size, (2, seq_len), generator=torch.Generator().manual_seed(0))
-    auto = AutoModelForCausalLM if model.architecture == "gpt" else AutoModelForPreTraining
+    auto = AutoModelForCausalLM if isinstance(model, GPT) else AutoModelForPreTraining
     reloaded = auto.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         ours, theirs = model(ids), reloaded(ids)
-    pairs = [(ours, theirs.logits)] if model.architecture == "gpt" else []
-    if not pairs:
-        pairs = [(ours[0], theirs.prediction_logits), (ours[1], theirs.seq_relationship_logits)]
+    if isinstance(model, GPT):
+        pairs = [(ours, theirs.logits)]
+    else:
+        pairs = list(zip(ours, (theirs.prediction_logits, theirs.seq_relationship_logits), strict=True))
     difference = max((a.float() - b.float()).abs().max().item() for a, b in pairs)
     return difference, max(a.abs().max().item() for a, _ in pairs)
 
 
 def generate(directory: Path) -> list[str]:
     """Three texts sampled from the exported model (top-k 40, temperature 0.8), reproducibly."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     torch.manual_seed(0)
     start = torch.full((3, 1), tokenizer.eos_token_id)
     length = min(GENERATE_TOKENS, model.config.n_positions)
     ids = model.generate(start, do_sample=True, top_k=40, temperature=0.8, max_length=length, pad_token_id=start[0, 0])
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in ids]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Decided by the name and the owning module, not by the number of axes: under ZeRO-3 a parameter is an empty vector.
     A tied parameter appears once.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     seen: set[int] = set()
     for module in model.modules():
         is_norm = isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower()

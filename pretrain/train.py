@@ -165,11 +165,9 @@ def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, rank
         if found:
             raise ConfigError(f"train.resume=never, but {found.path} exists; choose another run_dir or resume=auto")
         return 0
-    steps = set(ranks.gather(found.step if found else 0))
-    if len(steps) > 1:
-        raise checkpoint.CheckpointError(
-            f"{run_dir}: the ranks see different newest checkpoints: steps {sorted(steps)}"
-        )
+    steps = ranks.gather(found.step if found else 0)
+    if len(set(steps)) > 1:
+        raise checkpoint.CheckpointError(f"{run_dir}: the ranks see different newest checkpoints: steps {steps}")
     if found is None:
         return 0
     for name, now in order_facts(config, data).items():

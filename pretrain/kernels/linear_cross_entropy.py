@@ -10,8 +10,9 @@ fused linear cross entropy (Hsu et al. 2024) and of Wijmans et al. 2024; this is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch.autograd.function import FunctionCtx
 
 IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 1 << 23  # logits in memory at once; on a 2-core CPU smaller and larger chunks were slower
@@ -39,7 +40,7 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -67,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
             grad_weight += grad_logits.t() @ hidden[rows]
-        ctx.grads = (  # type: ignore[attr-defined]
+        ctx.grads = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
@@ -75,6 +76,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_loss: torch.Tensor):  # type: ignore[override]
-        scaled = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.grads]  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_loss: torch.Tensor):
+        scaled = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.grads]
         return *scaled, None

@@ -14,6 +14,7 @@ from pretrain.models.layers import MLP, Attention, Bias, Embedding, Linear, atte
 
 INIT_STD = 0.02
 NORM_EPS = 1e-12
+PADDING_ID = 0  # of [PAD], in the published vocabularies and in those trained here
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Bert(nn.Module):
         super().__init__()
         self.shape = shape
         self.activation_checkpointing = activation_checkpointing
-        self.word_embeddings = Embedding(shape.vocab_size, shape.hidden_size, INIT_STD)
+        self.word_embeddings = Embedding(shape.vocab_size, shape.hidden_size, INIT_STD, PADDING_ID)
         self.position_embeddings = Embedding(shape.max_seq_len, shape.hidden_size, INIT_STD)
         self.token_type_embeddings = Embedding(2, shape.hidden_size, INIT_STD)
         self.embedding_norm = nn.LayerNorm(shape.hidden_size, eps=NORM_EPS)
@@ -78,7 +79,7 @@ class Bert(nn.Module):
         self.mlm_output = Bias(shape.vocab_size)
         self.nsp_output = Linear(shape.hidden_size, 2, INIT_STD)
 
-    def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+    def external_parameters(self) -> list[tuple[nn.Module, torch.Tensor]]:
         """(module, parameter) where a module uses a parameter of another one: the MLM output is the embedding."""
         return [(self, self.word_embeddings.weight), (self, self.mlm_output.bias)]
 

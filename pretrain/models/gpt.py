@@ -83,7 +83,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(shape, dropout, attention_dropout) for _ in range(shape.num_layers))
         self.final_norm = nn.LayerNorm(shape.hidden_size)
 
-    def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+    def external_parameters(self) -> list[tuple[nn.Module, torch.Tensor]]:
         """(module, parameter) where a module uses a parameter of another one: the output layer is the embedding."""
         return [(self, self.word_embeddings.weight)]
 

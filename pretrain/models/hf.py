@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pretrain.models.bert import NORM_EPS, BertShape
+from pretrain.models.bert import NORM_EPS, PADDING_ID, BertShape
 from pretrain.models.gpt import GPTShape
 
 GPT_NAMES = {
@@ -79,8 +79,8 @@ def from_hf(architecture: str, names: list[str], theirs: Mapping[str, torch.Tens
     return ours
 
 
-def hf_config(shape: GPTShape | BertShape, end_of_text: int | None, padding: int | None) -> dict[str, Any]:
-    """The content of config.json; the two are ids of special tokens (GPT needs the first, BERT the second)."""
+def hf_config(shape: GPTShape | BertShape, end_of_text: int | None) -> dict[str, Any]:
+    """The content of config.json; `end_of_text` is the id of the token that ends a document, which GPT needs."""
     if isinstance(shape, GPTShape):
         return {
             "architectures": ["GPT2LMHeadModel"],
@@ -114,7 +114,7 @@ def hf_config(shape: GPTShape | BertShape, end_of_text: int | None, padding: int
         "attention_probs_dropout_prob": 0.1,
         "type_vocab_size": 2,
         "layer_norm_eps": NORM_EPS,
-        "pad_token_id": padding,
+        "pad_token_id": PADDING_ID,
         "tie_word_embeddings": True,
     }
 

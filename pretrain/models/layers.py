@@ -24,14 +24,15 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding with rows from N(0, std)."""
+    """nn.Embedding with rows from N(0, std); the row `padding_idx`, if any, starts at zero and is not looked up."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, std: float) -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int, std: float, padding_idx: int | None = None) -> None:
         self.std = std
-        super().__init__(num_embeddings, embedding_dim)
+        super().__init__(num_embeddings, embedding_dim, padding_idx)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
+        self._fill_padding_idx_with_zero()
 
 
 class Bias(nn.Module):

@@ -1,0 +1,208 @@
+"""GPT and BERT against transformers with the same weights, and what must hold of any of them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForPreTraining, GPT2Config, GPT2LMHeadModel
+
+from configs.load import ConfigError
+from configs.schema import ModelConfig
+from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX
+from pretrain.models import build_model, gpt, hf
+from pretrain.models.bert import Bert
+from pretrain.models.gpt import GPT
+
+GPT_CASES = [dict(n_layer=2, n_embd=48, n_head=3, vocab_size=97), dict(n_layer=3, n_embd=32, n_head=1, n_inner=40)]
+BERT_CASES = [
+    dict(num_hidden_layers=2, hidden_size=48, num_attention_heads=3, intermediate_size=64, vocab_size=97),
+    dict(num_hidden_layers=1, hidden_size=32, num_attention_heads=4, intermediate_size=128, vocab_size=1001),
+]
+
+
+def ids(vocab_size: int, *shape: int) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def with_weights_of(theirs: torch.nn.Module) -> GPT | Bert:
+    """Our model with the weights of one of transformers."""
+    shape = hf.shape_from_hf(theirs.config.to_dict())
+    ours = GPT(shape) if theirs.config.model_type == "gpt2" else Bert(shape)
+    names = [name for name, _ in ours.named_parameters()]
+    ours.load_state_dict(hf.from_hf(ours.architecture, names, theirs.state_dict()))
+    return ours.eval()
+
+
+def our_gradients(model: GPT | Bert) -> dict[str, torch.Tensor]:
+    """Gradients under transformers' names."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradients.update(hf.to_hf(model.architecture, name, parameter.grad))
+    return gradients
+
+
+@pytest.mark.parametrize("sizes", GPT_CASES)
+def test_gpt_has_the_logits_loss_and_gradients_of_transformers(sizes):
+    torch.manual_seed(1)
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=40, **sizes)).eval()
+    ours = with_weights_of(theirs)
+    tokens = ids(ours.shape.vocab_size, 3, 33)
+    labels = torch.cat([tokens[:, 1:], torch.full((3, 1), IGNORE_INDEX)], 1)
+    expected = theirs(tokens, labels=tokens)
+    torch.testing.assert_close(ours(tokens), expected.logits, atol=1e-5, rtol=1e-5)
+    loss = ours(tokens, labels=labels)["clm"] / (3 * 32)
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    expected.loss.backward()
+    gradients = our_gradients(ours)
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("sizes", BERT_CASES)
+def test_bert_has_the_logits_loss_and_gradients_of_transformers(sizes):
+    torch.manual_seed(1)
+    theirs = BertForPreTraining(BertConfig(max_position_embeddings=40, **sizes)).eval()
+    ours = with_weights_of(theirs)
+    tokens, types = ids(97, 3, 33), ids(2, 3, 33)
+    padding = (torch.arange(33) < torch.tensor([[33], [20], [7]])).int()
+    labels = torch.where((ids(5, 3, 33) == 0) & padding.bool(), tokens, IGNORE_INDEX)
+    is_random = torch.tensor([0, 1, 1])
+    expected = theirs(
+        tokens, attention_mask=padding, token_type_ids=types, labels=labels, next_sentence_label=is_random
+    )
+    words, sentences = ours(tokens, segment_ids=padding, token_type_ids=types)
+    real = padding.bool()
+    torch.testing.assert_close(words[real], expected.prediction_logits[real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sentences, expected.seq_relationship_logits, atol=1e-5, rtol=1e-5)
+    sums = ours(tokens, padding, token_type_ids=types, labels=labels, next_sentence_label=is_random)
+    loss = sums["mlm"] / (labels != IGNORE_INDEX).sum() + sums["nsp"] / 3
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    expected.loss.backward()
+    gradients = our_gradients(ours)
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
+
+
+def test_golden_gpt2_of_transformers_gives_its_recorded_logits_and_loss(shared_data):
+    config = json.loads((shared_data / "goldens/hf_gpt2_tiny_config.json").read_text())
+    weights = load_file(shared_data / "goldens/hf_gpt2_tiny.safetensors")
+    golden = load_file(shared_data / "goldens/hf_gpt2_tiny_io.safetensors")
+    if not any(name.startswith("transformer.") for name in weights):
+        weights = {f"transformer.{name}": tensor for name, tensor in weights.items()}
+    ours = GPT(hf.shape_from_hf(config))
+    ours.load_state_dict(hf.from_hf("gpt", [name for name, _ in ours.named_parameters()], weights))
+    tokens = golden["input_ids"].long()
+    logits = ours(tokens)
+    torch.testing.assert_close(logits, golden["logits"].float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "bert"])
+def test_names_round_trip_through_transformers(architecture):
+    torch.manual_seed(0)
+    config = ModelConfig(architecture=architecture, num_layers=2, hidden_size=32, num_heads=2)
+    model = build_model(config, 61, 16)
+    ours = dict(model.named_parameters())
+    theirs = dict(pair for name, tensor in ours.items() for pair in hf.to_hf(architecture, name, tensor))
+    back = hf.from_hf(architecture, list(ours), theirs)
+    assert all(torch.equal(back[name], tensor) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "bert"])
+def test_loss_at_initialisation_is_ln_v(architecture):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(architecture=architecture), 8192, 64)
+    tokens, labels = ids(8192, 8, 64), ids(8192, 8, 64).flip(0)
+    (loss,) = model(tokens, labels=labels).values()
+    assert loss.item() / labels.numel() == pytest.approx(math.log(8192), rel=0.01)
+
+
+def test_changing_a_future_token_moves_no_past_logit():
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(), 61, 16)
+    tokens = ids(61, 2, 16)
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 61
+    assert torch.equal(model(tokens)[:, :9], model(changed)[:, :9])
+    assert not torch.equal(model(tokens)[:, 9:], model(changed)[:, 9:])
+
+
+def test_packed_row_has_the_loss_and_gradients_of_one_document_a_row():
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(num_layers=2, hidden_size=32, num_heads=2), 61, 24)
+    documents = [ids(61, n) for n in (5, 12, 7)]
+    labels = [torch.cat([d[1:], torch.tensor([IGNORE_INDEX])]) for d in documents]
+    apart = sum(model(d[None], labels=y[None])["clm"] for d, y in zip(documents, labels, strict=True))
+    apart.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    segments = torch.cat([torch.full_like(d, i + 1) for i, d in enumerate(documents)])[None].int()
+    positions = torch.cat([torch.arange(len(d)) for d in documents])[None]
+    packed = model(torch.cat(documents)[None], segments, positions, torch.cat(labels)[None])["clm"]
+    packed.backward()
+    torch.testing.assert_close(packed, apart, atol=1e-5, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "bert"])
+def test_activation_checkpointing_gives_the_same_gradients(architecture):
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        config = ModelConfig(architecture=architecture, dropout=0.1, activation_checkpointing=recompute)
+        model = build_model(config, 61, 16).train()
+        torch.manual_seed(1)
+        model(ids(61, 2, 16), labels=ids(61, 2, 16)).popitem()[1].backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_one_batch_is_overfitted():
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(num_layers=2, hidden_size=64, num_heads=2), 61, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    tokens = ids(61, 4, 17)
+    for _ in range(150):
+        loss = model(tokens[:, :-1], labels=tokens[:, 1:])["clm"] / 64
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_residual_outputs_start_smaller_by_the_square_root_of_twice_the_layers():
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(num_layers=8), 61, 16)
+    for block in model.blocks:
+        assert block.mlp.up.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert block.mlp.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+        assert block.attention.output.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("gpt2", 124.4), ("gpt2-medium", 354.8), ("gpt2-xl", 1557.6)])
+def test_published_sizes_have_the_published_parameter_counts(preset, millions):
+    with torch.device("meta"):
+        model = GPT(gpt.SIZES[preset])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_gpt3_175b_has_175_billion_parameters():
+    with torch.device("meta"):
+        model = GPT(gpt.SIZES["gpt3-175b"])
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(175, abs=0.5)
+
+
+def test_unknown_preset_names_the_valid_ones():
+    with pytest.raises(ConfigError, match=r"model.preset=gpt5.*nano, gpt2"):
+        build_model(ModelConfig(preset="gpt5"), 61, 16)
+
+
+def test_too_long_sequence_says_what_to_set():
+    with pytest.raises(ConfigError, match=r"set model\.max_seq_len=4096"):
+        build_model(ModelConfig(), 61, 4096)
