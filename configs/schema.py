@@ -60,7 +60,7 @@ class DataConfig(Section):
     dir: str = "data/corpus"  # dataset directories `train/` and `validation/` and the tokenizer are in here
     build: BuildConfig = BuildConfig()
     masking: MaskingConfig = MaskingConfig()  # used by architecture bert
-    num_workers: Annotated[int, Field(ge=0)] = 0  # processes a rank uses to prepare batches ahead; 0: in the loop
+    prefetch: bool = True  # prepare the next step in a thread while this one is computed
 
 
 class ModelConfig(Section):

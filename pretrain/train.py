@@ -19,11 +19,11 @@ if not __package__:  # started as a file: the packages lie beside this folder, n
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from data_pipeline.stream import Stream, open_stream
 
 from configs.deepspeed_json import deepspeed_json
 from configs.load import ConfigError, dump, load_pretrain
 from configs.schema import PretrainConfig
+from data_pipeline.stream import Stream, open_stream
 from pretrain import checkpoint, engine, runtime
 from pretrain.metrics import open_metrics
 from pretrain.models import build_model
@@ -83,6 +83,7 @@ def train_step(config: PretrainConfig, model: Any, data: Stream, step: int, rank
     runtime.seed_all(config.train.seed, step, ranks.rank)  # dropout
     lr = learning_rate(step, config.train.num_steps, config.train.optimizer.lr, config.train.schedule)
     engine.set_lr(model, lr)
+    model.train()
 
     batches = data.micro_batches(step, ranks.rank, ranks.world_size)
     counts = sum_over_ranks(count_targets(batches), ranks)

@@ -1,0 +1,138 @@
+"""The `millstream` command: `millstream VERB CONFIG [key=value ...]`.
+
+It only starts things, so it imports nothing heavy: `--help` and `config` answer before torch could have been loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+USAGE = """\
+millstream: raw text in, a pretrained GPT or BERT out, fine-tuned for the task at hand
+
+usage: millstream VERB CONFIG [key=value ...]
+
+  data build CONFIG            raw text -> a dataset directory (data.dir)
+  pretrain CONFIG              train; goes on from the newest checkpoint of run_dir
+  export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, output=DIR)
+  finetune CONFIG              an exported directory -> a classifier
+  config CONFIG [key ...]      effective values and where each comes from; --deepspeed: the generated JSON
+
+  --ranks N                    processes on this machine for pretrain, finetune and config --deepspeed
+                               (default: one per GPU, or one)
+  key=value                    any setting, for example train.num_steps=500; see configs/schema.py
+"""
+PACKAGES = ("configs", "data_pipeline", "pretrain", "finetune", "launcher")
+
+
+def main(words: list[str] | None = None) -> int:
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    check_packages()
+    from configs.load import ConfigError
+
+    try:
+        return dispatch(words)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def dispatch(words: list[str]) -> int:
+    """Run one verb; returns its exit code. Raises ConfigError for what cannot be understood."""
+    from configs.load import ConfigError
+
+    words, num_ranks = take_ranks(words)
+    match words:
+        case ["data", "build", *rest] if rest:
+            return run_module("data_pipeline.build", rest)
+        case ["pretrain", config, *overrides]:
+            return start("pretrain.train", config, overrides, num_ranks)
+        case ["finetune", config, *overrides]:
+            return start("finetune.run", config, overrides, num_ranks)
+        case ["export", *rest] if rest:
+            return run_module("pretrain.export", rest)
+        case ["config", config, *rest]:
+            return show_config(config, rest, num_ranks or 1)
+    raise ConfigError(f"not understood: millstream {' '.join(words)}\n\n{USAGE}")
+
+
+def take_ranks(words: list[str]) -> tuple[list[str], int | None]:
+    """Split off `--ranks N`."""
+    from configs.load import ConfigError
+
+    if "--ranks" not in words:
+        return words, None
+    place = words.index("--ranks")
+    value = words[place + 1] if place + 1 < len(words) else ""
+    if not value.isdigit() or int(value) < 1:
+        raise ConfigError(f"--ranks {value}: expected a number of processes, 1 or more")
+    return words[:place] + words[place + 2 :], int(value)
+
+
+def start(module: str, config: str, overrides: list[str], num_ranks: int | None) -> int:
+    """Check the configuration here, before any process is started, then run `module` on all ranks."""
+    from configs.load import load
+    from launcher.local import default_num_ranks, run_local
+
+    loaded = load(config, overrides).config
+    num_ranks = num_ranks or default_num_ranks()
+    logs = Path(loaded.run_dir) / "logs"
+    return run_local(module, ["--config", config, *overrides], num_ranks, logs)
+
+
+def run_module(module: str, words: list[str]) -> int:
+    import subprocess
+
+    return subprocess.run([sys.executable, "-m", module, *words]).returncode
+
+
+def show_config(path: str, rest: list[str], num_ranks: int) -> int:
+    """Print a table of key, value, origin; with --deepspeed the generated JSON instead."""
+    import json
+
+    from configs.load import ConfigError, flatten, load
+
+    flags = [word for word in rest if word.startswith("--")]
+    keys = [word for word in rest if "=" not in word and word not in flags]
+    if unknown := set(flags) - {"--deepspeed"}:
+        raise ConfigError(f"unknown flag {sorted(unknown)[0]}; millstream config knows --deepspeed and --ranks N")
+    loaded = load(path, [word for word in rest if "=" in word])
+    if "--deepspeed" in flags:
+        from configs.deepspeed_json import deepspeed_json
+
+        print(json.dumps(deepspeed_json(loaded.config, num_ranks), indent=2))
+        return 0
+    values = flatten(loaded.config)
+    for key in keys:
+        if not any(name == key or name.startswith(f"{key}.") for name in values):
+            import difflib
+
+            near = difflib.get_close_matches(key, values, n=1)
+            raise ConfigError(f"no key `{key}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+    shown = [name for name in values if not keys or any(name == k or name.startswith(f"{k}.") for k in keys)]
+    widths = [max(map(len, shown)), max(len(json.dumps(values[name])) for name in shown)]
+    for name in shown:
+        print(f"{name:{widths[0]}}  {json.dumps(values[name]):{min(widths[1], 40)}}  {loaded.origin(name)}")
+    return 0
+
+
+def check_packages() -> None:
+    """Stop if Python would import another distribution's package of the same name instead of ours."""
+    root = Path(__file__).resolve().parents[1]
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        where = Path(spec.origin).resolve().parents[1] if spec and spec.origin else None
+        if where != root:
+            sys.exit(
+                f"the package `{name}` that Python finds lies in {where}, not in {root}: another distribution "
+                f"installed one of that name. Use an environment of millstream's own (make venv)"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

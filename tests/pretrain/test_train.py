@@ -1,0 +1,184 @@
+"""Real 2-process ZeRO-3 runs: exact resume, equal loss on any number of ranks, signals, export of what was trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.ranks import kill_when, run_ranks, start_ranks
+
+pytestmark = pytest.mark.distributed
+
+WORDS = ["the", "a", "sun", "moon", "river", "stone", "bird", "king", "runs", "sings", "under", "near", "slowly"]
+
+CONFIG = """
+run_dir: {run_dir}
+model: {{architecture: {architecture}, preset: nano, num_layers: 2, hidden_size: 32, num_heads: 2, dropout: 0.1}}
+data:
+  dir: {data_dir}
+  build:
+    sources: [{text}]
+    validation_fraction: 0.1
+    tokenizer: {{type: {tokenizer}, vocab_size: 200}}
+    num_workers: 1
+train:
+  num_steps: 8
+  seq_len: 32
+  global_batch_size: 8
+  micro_batch_size: 2
+  precision: bf16
+  optimizer: {{lr: 1.0e-2}}
+  schedule: {{warmup_steps: 2}}
+eval: {{every_steps: 4, num_samples: 16}}
+checkpoint: {{every_steps: 3}}
+zero: {{persistence_threshold: 100}}
+log: {{tensorboard: false}}
+"""
+
+
+@pytest.fixture(scope="module", params=["gpt", "bert"])
+def config(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    rng = np.random.default_rng(0)
+    lines = []
+    for _ in range(300):
+        sentences = [" ".join(rng.choice(WORDS, 7)) + "." for _ in range(rng.integers(2, 9))]
+        lines.append(json.dumps({"text": " ".join(sentences)}))
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    tokenizer = {"gpt": "byte_bpe", "bert": "wordpiece"}[request.param]
+    file = folder / "config.yaml"
+    file.write_text(
+        CONFIG.format(
+            run_dir=folder / "unused",
+            architecture=request.param,
+            data_dir=folder / "data",
+            text=folder / "text.jsonl",
+            tokenizer=tokenizer,
+        )
+    )
+    run_ranks(1, ["-m", "data_pipeline.build", str(file)], folder / "logs")
+    return file
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config) -> Path:
+    return pretrain(config, "undisturbed", 2)
+
+
+def pretrain(config: Path, name: str, num_ranks: int, *overrides: str) -> Path:
+    run_dir = config.parent / name
+    run_ranks(num_ranks, words(config, run_dir, *overrides), config.parent / f"{name}-logs")
+    return run_dir
+
+
+def words(config: Path, run_dir: Path, *overrides: str) -> list[str]:
+    return ["-m", "pretrain.train", "--config", str(config), f"run_dir={run_dir}", *overrides]
+
+
+def lines(run_dir: Path) -> list[dict]:
+    """metrics.jsonl without what is measured with a clock."""
+    parsed = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "step_seconds")} for line in parsed]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in lines(run_dir) if "loss" in line]
+
+
+def has_reached(run_dir: Path, step: int):
+    file = run_dir / "metrics.jsonl"
+    return lambda: file.exists() and f'"step": {step},' in file.read_text()
+
+
+def test_killed_run_resumes_with_bitwise_the_same_metrics(config, undisturbed):
+    run_dir = config.parent / "killed"
+    processes = start_ranks(2, words(config, run_dir), config.parent / "killed-logs")
+    kill_when(processes, has_reached(run_dir, 5), signal.SIGKILL)
+    assert not (run_dir / "checkpoints" / "step-00000008").exists()
+    pretrain(config, "killed", 2)
+    assert lines(run_dir) == lines(undisturbed)
+    weights = [(r / "checkpoints/step-00000008/rank-00001.safetensors").read_bytes() for r in (run_dir, undisturbed)]
+    assert weights[0] == weights[1]
+
+
+def test_sigterm_saves_the_step_and_the_run_goes_on_from_it(config, undisturbed):
+    run_dir = config.parent / "stopped"
+    processes = start_ranks(2, words(config, run_dir), config.parent / "stopped-logs")
+    codes = kill_when(processes, has_reached(run_dir, 1), signal.SIGTERM)
+    assert codes == [128 + signal.SIGTERM] * 2
+    saved = [p.name for p in (run_dir / "checkpoints").iterdir()]
+    assert len(saved) == 1 and saved[0] < "step-00000008"
+    pretrain(config, "stopped", 2)
+    train_lines = [[line for line in lines(r) if "loss" in line] for r in (run_dir, undisturbed)]
+    assert train_lines[0] == train_lines[1]
+
+
+def test_loss_starts_near_ln_v_and_falls(config, undisturbed):
+    run = lines(undisturbed)
+    vocab_size = json.loads((config.parent / "data/train/manifest.json").read_text())["vocab_size"]
+    names = {"eval_loss_nsp": 0.0} | run[0]
+    assert names["eval_loss"] - names["eval_loss_nsp"] == pytest.approx(math.log(vocab_size), rel=0.02)
+    assert run[-1]["eval_loss"] < run[0]["eval_loss"] - 0.5
+
+
+@pytest.mark.parametrize(("num_ranks", "micro"), [(1, 8), (1, 2), (2, 4)])
+def test_loss_does_not_depend_on_ranks_and_accumulation(config, num_ranks, micro):
+    exact = ("train.precision=fp32", "model.dropout=0", "train.num_steps=6")
+    reference = config.parent / "reference-fp32"
+    if not reference.exists():
+        pretrain(config, reference.name, 2, "train.micro_batch_size=1", *exact)
+    run_dir = pretrain(config, f"fp32-{num_ranks}-{micro}", num_ranks, f"train.micro_batch_size={micro}", *exact)
+    np.testing.assert_allclose(losses(run_dir), losses(reference), rtol=2e-5)
+    norms = [[line["grad_norm"] for line in lines(r) if "loss" in line] for r in (run_dir, reference)]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=2e-4)
+
+
+def test_checkpoint_of_two_ranks_goes_on_with_one(config, undisturbed):
+    run_dir = config.parent / "elastic"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    os.symlink(undisturbed / "checkpoints/step-00000003", run_dir / "checkpoints/step-00000003")
+    pretrain(config, "elastic", 1, "model.dropout=0", "train.precision=fp32")
+    assert [line["step"] for line in lines(run_dir) if "loss" in line] == [4, 5, 6, 7, 8]
+    np.testing.assert_allclose(losses(run_dir), losses(undisturbed)[3:], rtol=0.05)  # bf16 against fp32
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(config, undisturbed):
+    run_dir = config.parent / "damaged"
+    for step in ("step-00000003", "step-00000006"):
+        target = run_dir / "checkpoints" / step
+        target.mkdir(parents=True)
+        for file in (undisturbed / "checkpoints" / step).iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+    file = run_dir / "checkpoints/step-00000006/rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    pretrain(config, "damaged", 2)
+    log = (config.parent / "damaged-logs/rank-0.log").read_text()
+    assert "step-00000006/rank-00001.safetensors: is damaged" in log
+    assert "going on from" in log and "step-00000003" in log
+    assert losses(run_dir) == losses(undisturbed)[3:]
+
+
+def test_export_loads_in_transformers_with_the_trained_logits(config, undisturbed):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    run_ranks(1, ["-m", "pretrain.export", str(undisturbed)], config.parent / "export-logs")
+    export = undisturbed / "export"
+    parity = json.loads((export / "parity.json").read_text())
+    assert parity["max_abs_logit_difference"] <= parity["tolerance"]
+    assert len(AutoTokenizer.from_pretrained(export)) == json.loads((export / "config.json").read_text())["vocab_size"]
+    if "gpt" in config.parent.name:
+        _, info = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
+        new_head = set()
+    else:
+        _, info = AutoModelForSequenceClassification.from_pretrained(export / "encoder", output_loading_info=True)
+        new_head = {"classifier.weight", "classifier.bias"}
+    assert set(info["missing_keys"]) == new_head
+    assert not info["unexpected_keys"]
