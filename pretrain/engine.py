@@ -7,6 +7,7 @@ its two Adam moments) comes out of `fragments` and goes back in through `load_fr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ from pretrain.checkpoint import Fragment
 from pretrain.optim import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Two warnings per collective, about names that deepspeed calls and torch 2.13 has renamed; nothing a user can do.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 # DeepSpeed compiles a shared-memory all-reduce at its first start on a CPU (60 s, needs a compiler). ZeRO-3 moves its
 # data by all-gather and reduce-scatter, which that op does not serve, so it is left out.

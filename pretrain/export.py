@@ -86,6 +86,8 @@ def export(config: PretrainConfig, found: Checkpoint, tokenizer_dir: Path, outpu
     (aside / "config.json").write_text(json.dumps(hf.hf_config(model.shape, tokenizer.eos_token_id), indent=2))
     write_weights(found, config.model.architecture, aside)
     difference, largest = compare_logits(model, aside, len(tokenizer), config.train.seq_len)
+    if config.model.architecture == "bert":
+        write_encoder(found, aside, tokenizer_dir)
     parity = {"max_abs_logit_difference": difference, "max_abs_logit": largest, "tolerance": TOLERANCE * largest}
     (aside / "parity.json").write_text(json.dumps(parity, indent=2), encoding="utf-8")
     if not difference <= TOLERANCE * largest:
@@ -109,8 +111,24 @@ def load_model(config: PretrainConfig, found: Checkpoint, vocab_size: int) -> GP
     return model.eval()
 
 
-def write_weights(found: Checkpoint, architecture: str, directory: Path) -> None:
-    """Write the parameters under transformers' names into safetensors files of at most SHARD_BYTES each."""
+def write_encoder(found: Checkpoint, directory: Path, tokenizer_dir: Path) -> None:
+    """Write `encoder/`: BERT without its pretraining heads.
+
+    A classifier that transformers loads from the whole model reports the pretraining heads as unexpected; from here it
+    has nothing to report but its own new head.
+    """
+    encoder = directory / "encoder"
+    shutil.copytree(tokenizer_dir, encoder)
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    (encoder / "config.json").write_text(json.dumps(settings | {"architectures": ["BertModel"]}, indent=2))
+    write_weights(found, "bert", encoder, heads=False)
+
+
+def write_weights(found: Checkpoint, architecture: str, directory: Path, heads: bool = True) -> None:
+    """Write the parameters under transformers' names into safetensors files of at most SHARD_BYTES each.
+
+    Without `heads`, BERT's pretraining heads (cls.*) are left out.
+    """
     shards: list[dict[str, torch.Tensor]] = [{}]
     weight_map: dict[str, str] = {}
     size = total = 0
@@ -124,6 +142,8 @@ def write_weights(found: Checkpoint, architecture: str, directory: Path) -> None
     weight = checkpoint.weights(found)
     for ours in found.shapes:
         for name, tensor in hf.to_hf(architecture, ours, weight(ours)):
+            if name.startswith("cls.") and not heads:
+                continue
             bytes_more = tensor.numel() * tensor.element_size()
             if size and size + bytes_more > SHARD_BYTES:
                 close_shard()

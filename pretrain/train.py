@@ -74,6 +74,8 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
                 break
     if ranks.is_first:
         write_report(run_dir)
+    ranks.barrier()  # a rank that leaves while another still works takes the connection with it
+    engine.close(model)
     return 0 if step == config.train.num_steps else 128 + (stop.signal or 15)
 
 
