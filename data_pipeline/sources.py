@@ -91,7 +91,7 @@ def _read_text(file: str, skipped: Callable[[str], None] | None) -> Iterator[Doc
 
 
 def _read_jsonl(file: str, text_key: str, skipped: Callable[[str], None] | None) -> Iterator[Document]:
-    with _open_bytes(file) as lines:
+    with open_bytes(file) as lines:
         for number, line in enumerate(lines, 1):
             if line.isspace():
                 continue
@@ -111,7 +111,8 @@ def _read_jsonl(file: str, text_key: str, skipped: Callable[[str], None] | None)
                 yield Document(text, place)
 
 
-def _open_bytes(file: str) -> io.BufferedIOBase:
+def open_bytes(file: str) -> io.BufferedIOBase:
+    """Open a file for reading bytes; .gz and .zst are decompressed."""
     if file.endswith(".gz"):
         return gzip.open(file, "rb")
     if file.endswith(".zst"):

@@ -35,8 +35,12 @@ warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is depreca
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def initialize(build: Callable[[], nn.Module], optimizer: OptimizerConfig, json: dict[str, Any]) -> Any:
+def initialize(
+    build: Callable[[], nn.Module], optimizer: OptimizerConfig, json: dict[str, Any], in_pieces: bool = True
+) -> Any:
     """Build the model in pieces and return the DeepSpeed engine that trains it with AdamW.
+
+    Without `in_pieces` each rank builds the whole model before it is cut, as transformers' from_pretrained needs it.
 
     Every rank calls it with the same arguments, after `runtime.start` and with the same torch seed. The module may have
     `external_parameters()`: the (module, parameter) pairs in which a module uses a parameter of another, as with tied
@@ -44,7 +48,7 @@ def initialize(build: Callable[[], nn.Module], optimizer: OptimizerConfig, json:
     """
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed()
-    with deepspeed.zero.Init(config_dict_or_path=json):
+    with deepspeed.zero.Init(config_dict_or_path=json, enabled=in_pieces):
         model = build()
     for module, parameter in getattr(model, "external_parameters", list)():
         deepspeed.zero.register_external_parameter(module, parameter)

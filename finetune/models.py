@@ -1,0 +1,64 @@
+"""Models from Hugging Face directories, ours and others': what every task needs to load one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from configs.load import ConfigError
+from configs.schema import FinetuneConfig
+
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+def check_directory(model: str) -> None:
+    """Raise ConfigError unless `model` is a directory with config.json, weights and a tokenizer."""
+    directory = Path(model)
+    if not directory.is_dir():
+        raise ConfigError(
+            f"model={model}: no such directory; give a Hugging Face directory, for example RUN_DIR/export"
+        )
+    if not (directory / "config.json").is_file():
+        cure = f"; did you mean {directory / 'export'}?" if (directory / "export/config.json").is_file() else ""
+        raise ConfigError(f"model={model}: has no config.json, so it is not a Hugging Face directory{cure}")
+    if not any(directory.glob("*.safetensors")):
+        raise ConfigError(
+            f"model={model}: has no .safetensors file. Pickles (pytorch_model.bin) can run code when loaded and "
+            f"are not read; convert them with transformers' save_pretrained"
+        )
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The directory's tokenizer, with a padding token: where it has none, its end-of-text token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model={model}: its tokenizer cannot be loaded ({error})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(auto: Any, config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, **head: Any) -> torch.nn.Module:
+    """The model of an AutoModelFor... class in fp32, with a new head made from `head`.
+
+    With `from_scratch` all of its weights are new. The caller seeds torch. Raises ConfigError if the directory lacks
+    weights of the model's body: only the head may be new.
+    """
+    settings = AutoConfig.from_pretrained(config.model, **head)
+    for name in DROPOUTS:
+        if config.tuning.dropout is not None and hasattr(settings, name):
+            setattr(settings, name, config.tuning.dropout)
+    settings.pad_token_id = tokenizer.pad_token_id
+    if config.from_scratch:
+        return auto.from_config(settings, dtype=torch.float32)
+    model, info = auto.from_pretrained(
+        config.model, config=settings, output_loading_info=True, use_safetensors=True, dtype=torch.float32
+    )
+    body = f"{model.base_model_prefix}."
+    if lost := sorted(name for name in info["missing_keys"] if name.startswith(body) and ".pooler." not in name):
+        raise ConfigError(f"model={config.model}: lacks {len(lost)} weights of the model's body, such as {lost[0]}")
+    return model
