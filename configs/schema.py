@@ -127,7 +127,7 @@ class LogConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO-3 (Rajbhandari et al. 2020): weights, gradients and optimizer state split over all ranks."""
 
-    persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # smaller parameters stay whole on each rank
+    persistence_threshold: Annotated[int, Field(ge=0)] = 0  # smaller parameters stay whole; each costs a gather a step
     bucket_elements: PositiveInt = 50_000_000  # gradients are reduced in buckets of this many elements
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -112,12 +113,57 @@ def _read_jsonl(file: str, text_key: str, skipped: Callable[[str], None] | None)
 
 
 def open_bytes(file: str) -> io.BufferedIOBase:
-    """Open a file for reading bytes; .gz and .zst are decompressed."""
-    if file.endswith(".gz"):
-        return gzip.open(file, "rb")
-    if file.endswith(".zst"):
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), closefd=True))
+    """Open a file for reading bytes; .gz and .zst are decompressed. Reading a damaged one raises DataError."""
+    if file.endswith((".gz", ".zst")):
+        return io.BufferedReader(_Decompressed(file), buffer_size=1 << 20)
     return open(file, "rb")
+
+
+class _Decompressed(io.RawIOBase):
+    """The content of a compressed file; unlike the libraries' readers it notices a .zst that was cut off."""
+
+    def __init__(self, file: str) -> None:
+        self.file, self.opened = file, open(file, "rb")  # noqa: SIM115 - closed by close()
+        self.blocks = self._blocks()
+        self.rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.rest:
+            block = next(self.blocks, None)
+            if block is None:
+                return 0
+            self.rest = block
+        size = min(len(buffer), len(self.rest))
+        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        return size
+
+    def close(self) -> None:
+        self.opened.close()
+        super().close()
+
+    def _blocks(self) -> Iterator[bytes]:
+        """Decompressed blocks of all frames (.zst) or members (.gz), one after the other."""
+        decompressor = None
+        try:
+            while data := self.opened.read(1 << 18):
+                while data:
+                    decompressor = decompressor or self._decompressor()
+                    yield decompressor.decompress(data)
+                    data = decompressor.unused_data
+                    if decompressor.eof:
+                        decompressor = None
+        except (zstandard.ZstdError, zlib.error) as error:
+            raise DataError(f"{self.file}: is damaged ({error}); copy or compress it again") from error
+        if decompressor is not None:
+            raise DataError(f"{self.file}: is cut off in the middle of the compressed data; copy it again")
+
+    def _decompressor(self) -> Any:
+        if self.file.endswith(".gz"):
+            return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: with gzip's header and checksum
+        return zstandard.ZstdDecompressor().decompressobj()
 
 
 def _read_parquet(file: str, text_key: str) -> Iterator[Document]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from data_pipeline.shards import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LARGEST_ALPHABET = 1000  # characters that WordPiece keeps; rarer ones become [UNK]
 SENTENCE_ENDS = set(".!?。！？…।؟")
 # GPT-2's pattern (Radford et al. 2019): contractions, words, numbers, other signs, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -167,10 +169,35 @@ def _as_byte_level(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> Tokenizer:
-    tokenizer = _as_bert(Tokenizer(models.WordPiece(unk_token="[UNK]")), lowercase)
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=BERT_SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return _with_bert_template(tokenizer)
+    """A vocabulary of pieces with every kept character, alone and as ##continuation.
+
+    The trainer numbers characters in the order of a hash table that is seeded anew in every process, and breaks ties
+    between merges by these numbers. So it is given all of them in advance, sorted, as if they were special tokens, and
+    only its vocabulary is used.
+    """
+    texts = list(texts)
+    in_training = _as_bert(Tokenizer(models.WordPiece(unk_token="[UNK]")), lowercase)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(in_training.normalizer.normalize_str(text))
+    characters = _most_frequent(counts, min(LARGEST_ALPHABET, vocab_size // 4))
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*BERT_SPECIAL, *characters, *(f"##{character}" for character in characters)],
+        limit_alphabet=len(characters),
+        show_progress=False,
+    )
+    in_training.train_from_iterator(texts, trainer)
+    vocabulary = in_training.get_vocab()
+    return _as_bert(Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")), lowercase)
+
+
+def _most_frequent(counts: Counter[str], limit: int) -> list[str]:
+    """The most frequent characters that are no white space, at most `limit`, sorted; equal counts share one fate."""
+    ranked = [(character, count) for character, count in counts.most_common() if not character.isspace()]
+    if len(ranked) > limit:
+        ranked = [(character, count) for character, count in ranked if count > ranked[limit][1]]
+    return sorted(character for character, _ in ranked)
 
 
 def _as_bert(tokenizer: Tokenizer, lowercase: bool) -> Tokenizer:
@@ -238,7 +265,7 @@ def _characters(texts: Iterable[str]) -> Tokenizer:
     alphabet = sorted({character for text in texts for character in text})
     vocabulary = {token: index for index, token in enumerate([END_OF_TEXT, "<|unknown|>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?s:.)"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (END_OF_TEXT, "<|unknown|>")])
     return tokenizer

@@ -28,7 +28,7 @@ class GPTShape:
 # GPT-2: table 2 of Radford et al. 2019 (parameters counted with the tied embedding once). GPT-3: table 2.1 of Brown et
 # al. 2020; where its head count times head size is not the width, the head count that divides the width is used.
 SIZES = {
-    "nano": GPTShape(4, 256, 4, 256),
+    "nano": GPTShape(4, 128, 2, 256),
     "gpt2": GPTShape(12, 768, 12, 1024),
     "gpt2-medium": GPTShape(24, 1024, 16, 1024),
     "gpt2-large": GPTShape(36, 1280, 20, 1024),

@@ -112,6 +112,7 @@ def hf_config(shape: GPTShape | BertShape, end_of_text: int | None) -> dict[str,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.1,
         "attention_probs_dropout_prob": 0.1,
+        "initializer_range": shape.init_std,
         "type_vocab_size": 2,
         "layer_norm_eps": NORM_EPS,
         "pad_token_id": PADDING_ID,
@@ -130,6 +131,7 @@ def shape_from_hf(config: Mapping[str, Any]) -> GPTShape | BertShape:
         return BertShape(
             config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"],
             config["max_position_embeddings"], config["vocab_size"], config["intermediate_size"],
+            config.get("initializer_range", 0.02),
         )  # fmt: skip
     raise ValueError(f"model_type {config['model_type']!r}: expected gpt2 or bert")
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pretrain.kernels.attention import attention
+
 
 class Linear(nn.Linear):
     """nn.Linear with weights from N(0, std) and zero bias, as GPT-2 and BERT draw them."""
@@ -56,7 +58,7 @@ def attention_mask(segment_ids: torch.Tensor | None, causal: bool) -> torch.Tens
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through torch's SDPA; query, key and value come from one matrix product."""
+    """Multi-head self-attention; query, key and value come from one matrix product."""
 
     def __init__(
         self, hidden_size: int, num_heads: int, dropout: float, std: float, output_std: float, causal: bool
@@ -70,14 +72,7 @@ class Attention(nn.Module):
         batch, seq, hidden_size = x.shape
         qkv = self.qkv(x).view(batch, seq, 3, self.num_heads, hidden_size // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, seq, head_dim)
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=self.causal and mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        mixed = attention(q, k, v, mask, self.causal, self.dropout if self.training else 0.0)
         return self.output(mixed.transpose(1, 2).reshape(batch, seq, hidden_size))
 
 

@@ -1,0 +1,132 @@
+"""Tokenizers: published vocabularies give the published ids; what is trained here loads in transformers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from configs.schema import TokenizerConfig
+from data_pipeline.shards import DataError
+from data_pipeline.tokenizer import (
+    continues_word,
+    encoder,
+    end_of_text_id,
+    ends_sentence,
+    fingerprint,
+    load_tokenizer,
+    make_tokenizer,
+    ordinary_ids,
+    save_tokenizer,
+)
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. It was not amused!\n\nA second paragraph, with naïve café words.",
+    "def f(x):\n    return x ** 2  # squares, 1234567890 times\n",
+    "Ein Satz auf Deutsch: größer, schöner, weiter. 日本語の文章です。 Привет, мир! 🎉🎉",
+] * 20
+TRAINED = ["byte_bpe", "wordpiece", "unigram", "characters"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """kind -> (tokenizer, folder it is saved in)"""
+    made = {}
+    for kind in TRAINED:
+        folder = tmp_path_factory.mktemp(kind)
+        vocab_size = {"unigram": 150}.get(kind, 400)
+        made[kind] = (make_tokenizer(TokenizerConfig(type=kind, vocab_size=vocab_size), TEXTS, folder), folder)
+        save_tokenizer(made[kind][0], folder, 128)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("folder", "key"), [("gpt2", "gpt2"), ("bert-base-uncased", "bert_uncased"), ("bert-base-cased", "bert_cased")]
+)
+def test_published_vocabulary_gives_exactly_the_golden_ids(shared_data, folder, key):
+    goldens = [json.loads(line) for line in (shared_data / "goldens/tokenizer_goldens.jsonl").open(encoding="utf-8")]
+    encode = encoder(load_tokenizer(shared_data / "tokenizers" / folder))
+    assert len(goldens) >= 160
+    for golden, ids in zip(goldens, encode([golden["text"] for golden in goldens]), strict=True):
+        assert ids.tolist() == golden[key], golden["text"]
+
+
+def test_sentencepiece_model_gives_exactly_sentencepieces_ids(shared_data):
+    import sentencepiece
+
+    folder = shared_data / "tokenizers/t5"
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    goldens = [json.loads(line) for line in (shared_data / "goldens/tokenizer_goldens.jsonl").open(encoding="utf-8")]
+    texts = [golden["text"] for golden in goldens]
+    for text, ids in zip(texts, encoder(load_tokenizer(folder))(texts), strict=True):
+        assert ids.tolist() == theirs.encode(text), text
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_trained_tokenizer_loads_in_transformers_with_the_same_ids(trained, kind):
+    tokenizer, folder = trained[kind]
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text, ids in zip(TEXTS[:3], encoder(tokenizer)(TEXTS[:3]), strict=True):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids.tolist()
+    assert len(theirs) == tokenizer.get_vocab_size()
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "characters"])
+def test_text_round_trips_without_loss(trained, kind):
+    tokenizer, _ = trained[kind]
+    for text in TEXTS[:3]:
+        assert tokenizer.decode(encoder(tokenizer)([text])[0].tolist()) == text
+
+
+def test_byte_level_takes_text_it_was_not_trained_on(trained):
+    tokenizer, _ = trained["byte_bpe"]
+    text = "ᚠᛇᚻ never seen \x00 \u200d 𝔘𝔫𝔦"
+    assert tokenizer.decode(encoder(tokenizer)([text])[0].tolist()) == text
+
+
+def test_text_that_looks_like_a_special_token_is_text(trained):
+    tokenizer, _ = trained["byte_bpe"]
+    ids = encoder(tokenizer)(["a<|endoftext|>b"])[0]
+    assert end_of_text_id(tokenizer) not in ids
+
+
+def test_fast_path_has_the_ids_of_the_tokenizer_itself(trained):
+    tokenizer, _ = trained["byte_bpe"]
+    for text, ids in zip(TEXTS, encoder(tokenizer)(TEXTS), strict=True):
+        assert ids.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_wordpiece_pairs_get_bert_special_tokens_and_types(trained):
+    theirs = AutoTokenizer.from_pretrained(trained["wordpiece"][1])
+    encoded = theirs("quick", "lazy")
+    tokens = theirs.convert_ids_to_tokens(encoded["input_ids"])
+    assert tokens[0] == "[CLS]" and tokens.count("[SEP]") == 2 and tokens[-1] == "[SEP]"
+    first = tokens.index("[SEP]")
+    assert encoded["token_type_ids"] == [0] * (first + 1) + [1] * (len(tokens) - first - 1)
+    assert theirs.pad_token_id == 0
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_training_twice_gives_the_same_tokenizer(trained, kind, tmp_path):
+    config = TokenizerConfig(type=kind, vocab_size={"unigram": 150}.get(kind, 400))
+    assert fingerprint(make_tokenizer(config, TEXTS, tmp_path)) == fingerprint(trained[kind][0])
+
+
+def test_tables_over_the_vocabulary(trained):
+    tokenizer, _ = trained["wordpiece"]
+    continues, ends = continues_word(tokenizer), ends_sentence(tokenizer)
+    for token, index in tokenizer.get_vocab().items():
+        assert continues[index] == token.startswith("##")
+        if token in ".!?":
+            assert ends[index]
+    special = {tokenizer.token_to_id(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
+    assert set(np.arange(tokenizer.get_vocab_size())) - set(ordinary_ids(tokenizer)) == special
+
+
+def test_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path):
+    with pytest.raises(DataError, match=r"holds no tokenizer \(looked for tokenizer.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match=r"data.build.tokenizer.path is missing"):
+        make_tokenizer(TokenizerConfig(type="pretrained"), [], tmp_path)

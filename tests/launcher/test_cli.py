@@ -1,0 +1,80 @@
+"""The `millstream` command as users type it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launcher import cli
+from tests.conftest import ROOT
+
+NANO = str(ROOT / "configs/gpt/nano.yaml")
+
+
+def run(*words: str, **settings) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **settings)
+
+
+def test_help_answers_within_0_3_seconds():
+    run("--help")  # fills the page cache
+    best = 1e9
+    for _ in range(5):
+        began = time.perf_counter()
+        result = run("--help")
+        best = min(best, time.perf_counter() - began)
+    assert result.returncode == 0 and "usage: millstream VERB CONFIG" in result.stdout
+    assert best < 0.3
+
+
+def test_config_shows_value_and_origin():
+    lines = run("config", NANO, "train", "train.num_steps=7").stdout.splitlines()
+    shown = {line.split()[0]: line for line in lines}
+    assert shown["train.num_steps"].split()[1:] == ["7", "command", "line"]
+    assert shown["train.seq_len"].split()[2].startswith(NANO + ":")
+    assert shown["train.seed"].split()[1:] == ["1234", "default"]
+    assert all(key.startswith("train.") for key in shown)
+
+
+def test_config_prints_the_deepspeed_json_for_any_number_of_ranks():
+    json_of = {n: json.loads(run("config", NANO, "--deepspeed", "--ranks", n).stdout) for n in ("1", "2")}
+    assert json_of["1"]["gradient_accumulation_steps"] == 2 * json_of["2"]["gradient_accumulation_steps"]
+    assert json_of["1"]["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["pretrian", NANO], "not understood: millstream pretrian"),
+        (["pretrain"], "not understood: millstream pretrain"),
+        (["pretrain", "none.yaml"], "none.yaml: no such file"),
+        (["pretrain", NANO, "train.num_step=1"], "did you mean `train.num_steps`?"),
+        (["pretrain", NANO, "--ranks", "two"], "--ranks two: expected a number of processes"),
+        (["finetune", NANO], "has no key `task`"),
+        (["pretrain", str(ROOT / "configs/finetune/docstrings.yaml")], "has the key `task`"),
+        (["config", NANO, "train.seqlen"], "no key `train.seqlen`; did you mean `train.seq_len`?"),
+        (["config", NANO, "--json"], "unknown flag --json"),
+        (["export", "nowhere"], "nowhere: is not a run directory"),
+        (["data", "build", NANO, "data.build.sources=[none.txt]"], "none.txt: no such file or folder"),
+    ],
+)
+def test_mistake_is_named_without_a_traceback(words, expected):
+    result = run(*words)
+    assert result.returncode != 0
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_package_of_another_distribution_is_noticed(tmp_path, monkeypatch):
+    foreign = tmp_path / "finetune"
+    foreign.mkdir()
+    (foreign / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.split(".")[0] == "finetune"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match="another distribution installed one of that name"):
+        cli.check_packages()

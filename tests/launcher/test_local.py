@@ -1,0 +1,78 @@
+"""Ranks on this machine: their environment, signals, and whose failure is shown."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.local import rank_environment
+from tests.conftest import ROOT
+
+START = "import sys; from launcher.local import run_local; from pathlib import Path; sys.exit(run_local(*{arguments}))"
+
+
+def launch(tmp_path: Path, script: str, num_ranks: int) -> subprocess.Popen[str]:
+    """Start `script` as a module on `num_ranks` ranks, through run_local."""
+    (tmp_path / "job.py").write_text(script)
+    arguments = f"('job', ['word'], {num_ranks}, Path({str(tmp_path / 'logs')!r}))"
+    return subprocess.Popen(
+        [sys.executable, "-c", START.format(arguments=arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_ranks_get_what_the_deepspeed_launcher_and_torchrun_give(tmp_path):
+    script = "import os, sys; print(*[os.environ[n] for n in 'RANK LOCAL_RANK WORLD_SIZE'.split()], sys.argv[1])"
+    out, _ = launch(tmp_path, script, 3).communicate(timeout=60)
+    assert out.strip() == "0 0 3 word"
+    assert [(tmp_path / f"logs/rank-{r}.log").read_text().strip() for r in (1, 2)] == ["1 1 3 word", "2 2 3 word"]
+
+
+def test_cores_are_shared_among_the_ranks_and_a_set_value_stays(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("launcher.local.count_gpus", lambda: 0)
+    assert int(rank_environment(2)["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert rank_environment(2)["OMP_NUM_THREADS"] == "7"
+
+
+def test_first_failing_ranks_output_is_shown_and_the_others_are_ended(tmp_path):
+    script = (
+        "import os, time\n"
+        "if os.environ['RANK'] == '1': time.sleep(0.5); raise RuntimeError('the culprit')\n"
+        "time.sleep(600)\n"
+    )
+    began = time.monotonic()
+    process = launch(tmp_path, script, 3)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1 failed first, with exit code 1" in error and "RuntimeError: the culprit" in error
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_reaches_every_rank_and_its_exit_code_comes_back(tmp_path, number):
+    script = (
+        "import os, pathlib, signal, sys, time\n"
+        "def stop(number, frame): print('stopped', flush=True); sys.exit(128 + number)\n"
+        "signal.signal(signal.SIGTERM, stop); signal.signal(signal.SIGUSR1, stop)\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'ready-' + os.environ['RANK']).touch()\n"
+        "time.sleep(600)\n"
+    )
+    process = launch(tmp_path, script, 2)
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert out.strip() == "stopped" and (tmp_path / "logs/rank-1.log").read_text().strip() == "stopped"

@@ -1,0 +1,64 @@
+"""Attention on every path against softmax(q k^T / sqrt(d)) v written out in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pretrain.kernels import attention as kernel
+from pretrain.kernels.attention import attention
+
+
+def reference(q, k, v, mask, causal):
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if causal and mask is None else mask
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    return torch.softmax(scores, -1) @ v
+
+
+def documents(seq: int, causal: bool) -> torch.Tensor:
+    """A mask for rows of two documents, cut at different places; (2, 1, seq, seq)."""
+    segments = (torch.arange(seq) >= torch.tensor([[seq // 3], [seq // 2]])).int()
+    mask = segments[:, None, :, None] == segments[:, None, None, :]
+    return mask.tril() if causal else mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("seq", [1, 7, 32, 65])
+def test_output_and_gradients_are_those_of_the_formula(dtype, causal, masked, seq, monkeypatch):
+    monkeypatch.setattr(kernel, "BLOCK_QUERIES", 16)  # several blocks, the last one partly filled
+    torch.manual_seed(seq)
+    qkv = torch.randn(2, seq, 3, 3, 8).to(dtype).permute(2, 0, 3, 1, 4)  # strided, as in the model
+    mask = documents(seq, causal) if masked else None
+    ours = [t.detach().requires_grad_() for t in qkv]
+    exact = [t.detach().double().requires_grad_() for t in qkv]
+    weights = torch.randn(2, 3, seq, 8)
+    expected = reference(*exact, mask, causal)
+    (expected * weights).sum().backward()
+    output = attention(*ours, mask, causal)
+    (output * weights).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
+    for tensor, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), other.grad, atol=2 * tolerance, rtol=tolerance)
+
+
+def test_large_scores_do_not_overflow():
+    q = torch.full((1, 1, 4, 8), 100.0, dtype=torch.bfloat16)
+    assert torch.isfinite(attention(q, q, q, causal=True)).all()
+
+
+def test_dropout_zeroes_that_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    q = torch.zeros(8, 4, 64, 8, dtype=torch.bfloat16)
+    v = torch.ones_like(q)
+    dropped = attention(q, q, v, dropout=0.25).float()
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert dropped.std().item() > 0.01
+    assert torch.equal(attention(q, q, v).float(), torch.ones_like(dropped))
