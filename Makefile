@@ -7,7 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 # On a machine without a GPU, and where pip's default torch is the CUDA build, name PyTorch's own CPU index:
-#   make venv TORCH_PIP_ARGS='--index-url ...'
+#   make venv TORCH_PIP_ARGS='--index-url URL'
 TORCH_PIP_ARGS ?=
 BIN := .venv/bin
 

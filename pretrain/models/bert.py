@@ -27,8 +27,8 @@ class BertShape:
     init_std: float = 0.02  # of all weights (Devlin et al. 2019's code)
 
 
-# Devlin et al. 2019, section 3; nano is ours, for CPUs. With 0.02 a matrix of its width starts out with outputs 2.4 times
-# smaller than in base, and the loss stays on its first plateau for twice as many steps; 0.05 = 0.02 x sqrt(768 / 128).
+# Devlin et al. 2019, section 3; nano is ours, for CPUs. With weights of 0.02 the outputs of a matrix of its width start
+# out 2.4 times smaller than in base, and the loss stays longer on its first plateau; 0.05 = 0.02 x sqrt(768 / 128).
 SIZES = {
     "nano": BertShape(4, 128, 2, 512, init_std=0.05),
     "base": BertShape(12, 768, 12, 512),

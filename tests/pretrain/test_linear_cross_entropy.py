@@ -32,7 +32,8 @@ def reference(inputs: list[torch.Tensor], labels: torch.Tensor):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("num", "hidden", "vocab"), [(1, 8, 2), (7, 5, 101), (300, 16, 1023), (65, 24, 4097)])
 def test_loss_and_gradients_are_those_of_torch(dtype, bias, num, hidden, vocab, monkeypatch):
-    monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", 1 << 16)  # several chunks, the last one partly filled
+    monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", 1 << 16)  # several chunks of several blocks
+    monkeypatch.setattr(kernel, "CACHED_ELEMENTS", 1 << 14)
     inputs, labels = tensors(num, hidden, vocab, dtype, bias)
     expected, gradients = reference(inputs, labels)
     loss = linear_cross_entropy(inputs[0], inputs[1], inputs[2] if bias else None, labels)

@@ -119,7 +119,7 @@ def test_loss_at_initialisation_is_ln_v(architecture):
     model = build_model(ModelConfig(architecture=architecture), 8192, 64)
     tokens, labels = ids(8192, 8, 64), ids(8192, 8, 64).flip(0)
     (loss,) = model(tokens, labels=labels).values()
-    assert loss.item() / labels.numel() == pytest.approx(math.log(8192), rel=0.01)
+    assert loss.item() / labels.numel() == pytest.approx(math.log(8192), rel=0.02)
 
 
 def test_changing_a_future_token_moves_no_past_logit():
