@@ -17,12 +17,14 @@ if not __package__:  # started as a file: the packages lie beside this folder, n
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForPreTraining, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForPreTraining, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
 
 from configs.load import ConfigError, load_pretrain
 from configs.schema import PretrainConfig
 from pretrain import checkpoint
-from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint import Checkpoint, CheckpointError
+from pretrain.metrics import read_metrics
 from pretrain.models import build_model, hf
 from pretrain.models.bert import Bert
 from pretrain.models.gpt import GPT
@@ -34,11 +36,21 @@ GENERATE_TOKENS = 120
 
 
 def main() -> int:
-    run_dir, options = parse(sys.argv[1:])
+    try:
+        return run(sys.argv[1:])
+    except (ConfigError, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run(words: list[str]) -> int:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    run_dir, options = parse(words)
     config = load_pretrain(run_dir / "config.yaml")
     found = choose_checkpoint(run_dir, options.get("step"))
     output = Path(options.get("output", run_dir / "export"))
-    parity = export(config, found, run_dir / "tokenizer", output)
+    parity = export(config, found, run_dir, output)
     samples = generate(output) if config.model.architecture == "gpt" else []
     if samples:
         (run_dir / "samples.json").write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
@@ -68,11 +80,11 @@ def choose_checkpoint(run_dir: Path, step: str | None) -> Checkpoint:
         return checkpoint.open_checkpoint(run_dir / "checkpoints" / f"step-{int(step):08d}")
     found = checkpoint.newest_valid(run_dir)
     if found is None:
-        raise checkpoint.CheckpointError(f"{run_dir}: has no valid checkpoint to export; train it first")
+        raise CheckpointError(f"{run_dir}: has no valid checkpoint to export; train it first")
     return found
 
 
-def export(config: PretrainConfig, found: Checkpoint, tokenizer_dir: Path, output: Path) -> float:
+def export(config: PretrainConfig, found: Checkpoint, run_dir: Path, output: Path) -> float:
     """Write `output` and return the largest absolute logit difference.
 
     Raises CheckpointError if the reloaded model's logits differ by more than TOLERANCE times the largest logit; what
@@ -80,19 +92,20 @@ def export(config: PretrainConfig, found: Checkpoint, tokenizer_dir: Path, outpu
     """
     aside = output.with_name(f".writing-{output.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(tokenizer_dir, aside)
+    shutil.copytree(run_dir / "tokenizer", aside)
     tokenizer = AutoTokenizer.from_pretrained(aside)
     model = load_model(config, found, len(tokenizer))
     (aside / "config.json").write_text(json.dumps(hf.hf_config(model.shape, tokenizer.eos_token_id), indent=2))
     write_weights(found, config.model.architecture, aside)
     difference, largest = compare_logits(model, aside, len(tokenizer), config.train.seq_len)
     if config.model.architecture == "bert":
-        write_encoder(found, aside, tokenizer_dir)
+        write_encoder(found, aside, run_dir / "tokenizer")
+    (aside / "README.md").write_text(model_card(config, found, run_dir, model), encoding="utf-8")
     parity = {"max_abs_logit_difference": difference, "max_abs_logit": largest, "tolerance": TOLERANCE * largest}
     (aside / "parity.json").write_text(json.dumps(parity, indent=2), encoding="utf-8")
     if not difference <= TOLERANCE * largest:
         shutil.rmtree(aside)
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{output}: not written: the reloaded model's logits differ by {difference:.3g} from the training model's "
             f"(allowed {TOLERANCE * largest:.3g})"
         )
@@ -159,6 +172,68 @@ def write_weights(found: Checkpoint, architecture: str, directory: Path, heads: 
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
+CARD = """---
+library_name: transformers
+pipeline_tag: {pipeline_tag}
+tags: [{architecture}, pretrained, millstream]
+---
+# {title}
+
+A {architecture} pretrained with millstream: {shape}.
+
+| | |
+| --- | --- |
+| steps | {step:,} of {num_steps:,} |
+| tokens seen | {tokens:,} |
+| sequence length | {seq_len} |
+| global batch | {batch} samples |
+| peak learning rate | {lr:g}, {schedule} |
+{evaluation}
+Text: {sources}. The dataset's fingerprint is `{dataset}`, the seed {seed}.
+
+`parity.json` holds the largest difference between the training model's logits and those of this directory, loaded by
+transformers.
+
+    from transformers import {auto}, AutoTokenizer
+    model = {auto}.from_pretrained("{name}")
+    tokenizer = AutoTokenizer.from_pretrained("{name}")
+"""
+
+
+def model_card(config: PretrainConfig, found: Checkpoint, run_dir: Path, model: GPT | Bert) -> str:
+    """The README.md of an export: what was trained on what, how far, and what it reached there."""
+    train, is_gpt = config.train, config.model.architecture == "gpt"
+    metrics = read_metrics(run_dir)
+    at_step = [line for line in metrics if line["step"] == found.step and "eval_loss" in line]
+    names = {
+        "eval_loss": "held-out loss",
+        "eval_loss_mlm": "held-out masked-word loss",
+        "eval_perplexity": "perplexity",
+    }
+    evaluation = [f"| {names[key]} | {value:.4f} |\n" for key, value in (at_step or [{}])[-1].items() if key in names]
+    shape = model.shape
+    return CARD.format(
+        pipeline_tag="text-generation" if is_gpt else "fill-mask",
+        architecture="GPT" if is_gpt else "BERT",
+        title=run_dir.name,
+        shape=f"{shape.num_layers} layers of width {shape.hidden_size}, {shape.num_heads} heads, vocabulary "
+        f"{shape.vocab_size:,}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        step=found.step,
+        num_steps=train.num_steps,
+        tokens=found.step * train.global_batch_size * train.seq_len,
+        seq_len=train.seq_len,
+        batch=train.global_batch_size,
+        lr=train.optimizer.lr,
+        schedule=train.schedule.type,
+        evaluation="".join(evaluation),
+        sources=", ".join(f"`{Path(source).name}`" for source in config.data.build.sources) or "not recorded",
+        dataset=found.facts["dataset"],
+        seed=train.seed,
+        auto="AutoModelForCausalLM" if is_gpt else "AutoModelForMaskedLM",
+        name=run_dir / "export",
+    )
+
+
 def compare_logits(model: GPT | Bert, directory: Path, vocab_size: int, seq_len: int) -> tuple[float, float]:
     """The largest absolute difference and the largest absolute logit, over all heads, on random ids (2, seq_len)."""
     ids = torch.randint(vocab_size, (2, seq_len), generator=torch.Generator().manual_seed(0))
@@ -179,9 +254,13 @@ def generate(directory: Path) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     torch.manual_seed(0)
-    start = torch.full((3, 1), tokenizer.eos_token_id)
+    start = torch.full((3, 1), tokenizer.eos_token_id)  # what stands before every document
     length = min(GENERATE_TOKENS, model.config.n_positions)
-    ids = model.generate(start, do_sample=True, top_k=40, temperature=0.8, max_length=length, pad_token_id=start[0, 0])
+    sampling = GenerationConfig(
+        do_sample=True, top_k=40, temperature=0.8, max_length=length, pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    ids = model.generate(start, attention_mask=torch.ones_like(start), generation_config=sampling)
     return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in ids]
 
 

@@ -23,8 +23,10 @@ import torch
 from configs.deepspeed_json import deepspeed_json
 from configs.load import ConfigError, dump, load_pretrain
 from configs.schema import PretrainConfig
+from data_pipeline.shards import DataError
 from data_pipeline.stream import Stream, open_stream
 from pretrain import checkpoint, engine, runtime
+from pretrain.checkpoint import CheckpointError
 from pretrain.metrics import open_metrics
 from pretrain.models import build_model
 from pretrain.objective import count_targets, global_mean
@@ -39,10 +41,12 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says the same")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    config = load_pretrain(arguments.config, arguments.overrides)
     ranks = runtime.start()
     try:
-        return train(config, ranks)
+        return train(load_pretrain(arguments.config, arguments.overrides), ranks)
+    except (ConfigError, DataError, CheckpointError) as error:  # what a user can mend needs no traceback
+        print(error, file=sys.stderr)
+        return 2
     finally:
         runtime.stop()
 
@@ -170,7 +174,7 @@ def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, rank
         return 0
     steps = ranks.gather(found.step if found else 0)
     if len(set(steps)) > 1:
-        raise checkpoint.CheckpointError(f"{run_dir}: the ranks see different newest checkpoints: steps {steps}")
+        raise CheckpointError(f"{run_dir}: the ranks see different newest checkpoints: steps {steps}")
     if found is None:
         return 0
     for name, now in order_facts(config, data).items():

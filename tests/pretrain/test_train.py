@@ -6,12 +6,14 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.ranks import kill_when, run_ranks, start_ranks
+from tests.ranks import ROOT, finish, kill_when, run_ranks, start_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -166,6 +168,77 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(config, undistur
     assert losses(run_dir) == losses(undisturbed)[3:]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_full_disk_during_a_checkpoint_is_named_and_the_run_goes_on_from_the_earlier_one(config, undisturbed):
+    if "bert" in config.parent.name:
+        pytest.skip("the same code for both; shown on gpt")
+    run_dir = config.parent / "full"
+    run_dir.mkdir()
+    size = sum(f.stat().st_size for f in (undisturbed / "checkpoints/step-00000003").iterdir())
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size) + 300_000}", "tmpfs", str(run_dir)]
+    mounted = subprocess.run(mount, capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    try:
+        codes = finish(start_ranks(2, words(config, run_dir), config.parent / "full-logs"))
+        assert codes == [2, 2]
+        log = (config.parent / "full-logs/rank-0.log").read_text()
+        assert "could not write its part of the checkpoint" in log and "No space left on device" in log
+        assert "Traceback" not in log
+        assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-00000003"]
+        subprocess.run(["mount", "-o", "remount,size=100m", str(run_dir)], check=True)
+        pretrain(config, "full", 2)
+        assert lines(run_dir) == lines(undisturbed)
+    finally:
+        subprocess.run(["umount", str(run_dir)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["run_dir={file}/below"], "cannot be written"),
+        (
+            ["train.global_batch_size=6", "train.micro_batch_size=2"],
+            "does not divide into micro batches of 2 on 2 ranks",
+        ),
+        (["train.global_batch_size=80000"], "fewer than one global batch of 80000"),
+        (["model.preset=huge"], "model.preset=huge: architecture"),
+        (["train.seq_len=600"], "lower train.seq_len or set model.max_seq_len=600"),
+        (["data.dir={file}-none"], "no such dataset directory; make it with `millstream data build CONFIG`"),
+        (["deepspeed={{zero_optimization: {{stage: 2}}}}"], "`deepspeed.zero_optimization.stage` is 2"),
+    ],
+)
+def test_mistake_ends_every_rank_with_its_message_and_no_traceback(config, tmp_path, overrides, expected):
+    (tmp_path / "file").touch()
+    given = [f"run_dir={tmp_path}/run", *(override.format(file=tmp_path / "file") for override in overrides)]
+    command = ["-m", "pretrain.train", "--config", str(config), *given]
+    codes = finish(start_ranks(2, command, tmp_path / "logs"))
+    outputs = [(tmp_path / f"logs/rank-{rank}.log").read_text() for rank in (0, 1)]
+    assert codes == [2, 2], outputs
+    assert all(expected in output and "Traceback" not in output for output in outputs), outputs
+
+
+def test_changed_order_of_samples_in_the_middle_of_a_run_is_refused(config, undisturbed):
+    run_dir = config.parent / "changed"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    os.symlink(undisturbed / "checkpoints/step-00000003", run_dir / "checkpoints/step-00000003")
+    codes = finish(start_ranks(2, words(config, run_dir, "train.seed=5"), config.parent / "changed-logs"))
+    assert codes == [2, 2]
+    assert "was written with seed=1234, now it is 5" in (config.parent / "changed-logs/rank-0.log").read_text()
+    assert (undisturbed / "checkpoints/step-00000003/manifest.json").exists()
+
+
+def test_deepspeeds_own_launcher_gives_the_same_run(config, undisturbed):
+    run_dir = config.parent / "launched"
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    command = [launcher, "--num_accelerators", "2", "pretrain/train.py", "--config", str(config), f"run_dir={run_dir}"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert lines(run_dir) == lines(undisturbed)
+
+
 def test_export_loads_in_transformers_with_the_trained_logits(config, undisturbed):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -180,5 +253,7 @@ def test_export_loads_in_transformers_with_the_trained_logits(config, undisturbe
     else:
         _, info = AutoModelForSequenceClassification.from_pretrained(export / "encoder", output_loading_info=True)
         new_head = {"classifier.weight", "classifier.bias"}
+    card = (export / "README.md").read_text()
+    assert "| steps | 8 of 8 |" in card and "perplexity" in card
     assert set(info["missing_keys"]) == new_head
     assert not info["unexpected_keys"]

@@ -1,0 +1,116 @@
+"""Checkpoints on disk: whole or absent, damage named, a full disk survived, any slicing read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain import checkpoint
+from pretrain.checkpoint import CheckpointError, Fragment
+
+
+class Alone:
+    """A group of one, without a process group."""
+
+    rank, world_size, is_first = 0, 1, True
+
+    def gather(self, value):
+        return [value]
+
+    def barrier(self):
+        pass
+
+
+def pieces(size: int = 10, value: float = 0.0) -> list[Fragment]:
+    numbers = torch.arange(size, dtype=torch.float32) + value
+    return [Fragment("w", (size,), 0, {"master": numbers, "exp_avg": numbers * 2, "exp_avg_sq": numbers * 3})]
+
+
+def save(run_dir: Path, step: int, **more) -> Path:
+    return checkpoint.save(run_dir, step, pieces(**more), {"seed": 1}, Alone())
+
+
+def test_any_slice_of_any_tensor_reads_back(tmp_path):
+    read = checkpoint.reader(checkpoint.open_checkpoint(save(tmp_path, 5)))
+    assert read("w", "master", 3, 4).tolist() == [3, 4, 5, 6]
+    assert read("w", "exp_avg_sq", 9, 1).tolist() == [27]
+    with pytest.raises(CheckpointError, match="has no parameter `v`; the model section"):
+        read("v", "master", 0, 1)
+
+
+def test_newest_valid_is_found_and_old_ones_are_removed(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert checkpoint.newest_valid(tmp_path).step == 3
+    checkpoint.remove_old(tmp_path, 2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "alter", "remove", "manifest", "no manifest"])
+def test_damage_of_any_kind_is_named_and_the_one_before_is_used(tmp_path, damage):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    file, manifest = newest / "rank-00000.safetensors", newest / "manifest.json"
+    content = file.read_bytes()
+    if damage == "truncate":
+        file.write_bytes(content[:-1])
+    elif damage == "alter":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "manifest":
+        manifest.write_text(manifest.read_text()[:50])
+    else:
+        manifest.unlink()
+    said: list[str] = []
+    assert checkpoint.newest_valid(tmp_path, said.append).step == 1
+    assert len(said) == 1 and str(newest) in said[0] and "going back to an earlier checkpoint" in said[0]
+    assert newest.is_dir()
+
+
+def test_directory_left_by_a_crash_is_no_checkpoint_and_is_cleared_later(tmp_path):
+    save(tmp_path, 1)
+    leftover = tmp_path / "checkpoints/.writing-step-00000002"
+    leftover.mkdir()
+    assert checkpoint.newest_valid(tmp_path).step == 1
+    checkpoint.remove_old(tmp_path, 3)
+    assert not leftover.exists()
+
+
+def test_checkpoint_of_a_later_format_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99 is not the 1 this version reads"):
+        checkpoint.open_checkpoint(path)
+
+
+def test_same_step_saved_again_replaces_the_first(tmp_path):
+    save(tmp_path, 1)
+    path = save(tmp_path, 1, value=100.0)
+    assert checkpoint.weights(checkpoint.open_checkpoint(path))("w")[0] == 100
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_full_disk_is_named_and_earlier_checkpoints_stay(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    try:
+        save(tmp_path, 1)
+        with pytest.raises(CheckpointError, match=r"rank 0 could not write .*Earlier checkpoints are untouched"):
+            save(tmp_path, 2, size=100_000)
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+        assert checkpoint.newest_valid(tmp_path).step == 1
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_checkpoints_hold_no_pickle(tmp_path):
+    path = save(tmp_path, 1)
+    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "rank-00000.safetensors"]
