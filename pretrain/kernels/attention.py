@@ -4,7 +4,7 @@
 
 On a CPU torch's fused operator spends most of its time in a backward pass that does not keep the cores' bf16 units
 busy. Matrix products over blocks of queries do, and a causal block skips the keys after it: forward and backward
-together took a third of the time at 128 tokens, half at 512 and two thirds at 1,024 (benchmarks/attention_cpu.py). The
+together took a third of the time at 128 tokens, half at 512 and two thirds at 1,024 (benchmarks/kernels_cpu.py). The
 scores are rounded to bf16 once, as in any attention written out in bf16; the softmax sums in fp32.
 """
 
