@@ -70,13 +70,18 @@ def run_steps(root: Path, files: list[str], console: Console) -> None:
         pretrain = ["pretrain", config, "--ranks", str(RANKS), *overrides]
         step(f"{name}: pretrain on {RANKS} ranks", pretrain, [built, config], trained, run)
         step(f"{name}: export", ["export", str(run)], [run / "metrics.jsonl"], run / "export/parity.json")
-    for start in ("pretrained", "scratch"):
-        run = root / f"classifier-{start}"
+    for start in ("tuned", "scratch"):
+        run = root / start
         words = ["finetune", TASK_CONFIG, "--ranks", str(RANKS), f"model={root}/bert/export", f"run_dir={run}",
                  f"train={root}/task.train.jsonl", f"dev={root}/task.dev.jsonl",
                  f"from_scratch={str(start == 'scratch').lower()}", f"tuning.seeds={SEEDS}"]  # fmt: skip
         inputs = [root / "bert/export/model.safetensors", root / "task.train.jsonl", TASK_CONFIG]
-        step(f"classifier, {start}", words, inputs, run / "results.json")
+        step(
+            f"classifier, {'from random weights' if start == 'scratch' else 'from the pretrained BERT'}",
+            words,
+            inputs,
+            run / "results.json",
+        )
 
 
 class Steps:
@@ -126,8 +131,8 @@ def show_results(root: Path, seconds: float, console: Console) -> None:
         console.rule(f"the GPT writes, sample {number}", align="left", style="dim")
         console.print(sample, markup=False)
     console.print(table(root, seconds))
-    accuracy = {start: accuracy_of(root, start) for start in ("scratch", "pretrained")}
-    gain = accuracy["pretrained"]["mean"] - accuracy["scratch"]["mean"]
+    accuracy = {start: accuracy_of(root, start) for start in ("scratch", "tuned")}
+    gain = accuracy["tuned"]["mean"] - accuracy["scratch"]["mean"]
     spread = max(entry["spread"] for entry in accuracy.values())
     relation = "more" if gain > spread else "NOT more"
     console.print(
@@ -137,12 +142,12 @@ def show_results(root: Path, seconds: float, console: Console) -> None:
 
 
 def accuracy_of(root: Path, start: str) -> dict[str, float]:
-    return json.loads((root / f"classifier-{start}/results.json").read_text(encoding="utf-8"))["accuracy"]
+    return json.loads((root / start / "results.json").read_text(encoding="utf-8"))["accuracy"]
 
 
 def table(root: Path, seconds: float) -> Table:
     out = Table(title=f"Raw text to a fine-tuned model: {seconds:.0f} s", title_justify="left", box=box.SIMPLE_HEAD)
-    out.add_column("")
+    out.add_column("", no_wrap=True)
     for column in ("before", "after"):
         out.add_column(column, justify="right", no_wrap=True)
     out.add_column("where", no_wrap=True)
@@ -157,11 +162,11 @@ def table(root: Path, seconds: float) -> Table:
         ]
         for title, before, after, file in rows:
             out.add_row(f"{name.upper()} {title}", before, after, str(root / name / file), end_section=file == "export")
-    scratch, pretrained = accuracy_of(root, "scratch"), accuracy_of(root, "pretrained")
+    scratch, tuned = accuracy_of(root, "scratch"), accuracy_of(root, "tuned")
     out.add_row("", "scratch", "pretrained", "", style="bold")
     for title, key, file in (("accuracy", "mean", "model"), (f"spread, {len(SEEDS)} seeds", "spread", "results.json")):
-        where = str(root / "classifier-pretrained" / file)
-        out.add_row(f"classifier {title}", f"{scratch[key]:.3f}", f"{pretrained[key]:.3f}", where)
+        where = str(root / "tuned" / file)
+        out.add_row(f"classifier {title}", f"{scratch[key]:.3f}", f"{tuned[key]:.3f}", where)
     return out
 
 

@@ -58,11 +58,27 @@ def folder(tmp_path_factory) -> Path:
         size = tokenizer.get_vocab_size()
         if kind == "bert":
             config = BertConfig(
-                size, 32, 2, 2, 64, max_position_embeddings=64, initializer_range=0.1, hidden_dropout_prob=0.0
+                vocab_size=size,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                max_position_embeddings=64,
+                initializer_range=0.1,
+                hidden_dropout_prob=0.0,
             )
             BertModel(config).save_pretrained(directory)
         else:
-            config = GPT2Config(size, 64, 32, 2, 2, initializer_range=0.1, bos_token_id=0, eos_token_id=0)
+            config = GPT2Config(
+                vocab_size=size,
+                n_positions=64,
+                n_embd=32,
+                n_layer=2,
+                n_head=2,
+                initializer_range=0.1,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
             GPT2LMHeadModel(config).save_pretrained(directory)
     for name, num in (("train", 301), ("dev", 103)):  # neither divides into batches
         rows = records(num, num)
@@ -100,7 +116,7 @@ def run(folder: Path, name: str, num_ranks: int, **more) -> Path:
 @pytest.mark.distributed
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
 def test_it_learns_and_transformers_pipeline_repeats_its_predictions(folder, model):
-    run_dir = run(folder, f"learns-{model}", 2, model=model, tuning={"seeds": [1, 2]})
+    run_dir = run(folder, f"learns-{model}", 2, model=model, tuning={"seeds": [1, 2], "num_epochs": 8, "dropout": 0.0})
     results = json.loads((run_dir / "results.json").read_text())
     assert results["seeds"] == [1, 2] and len(results["accuracy"]["per_seed"]) == 2
     assert results["accuracy"]["mean"] > 0.95

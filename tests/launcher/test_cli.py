@@ -32,9 +32,9 @@ def test_help_answers_within_0_3_seconds():
 
 
 def test_config_shows_value_and_origin():
-    lines = run("config", NANO, "train", "train.num_steps=7").stdout.splitlines()
+    lines = run("config", NANO, "train", "train.num_steps=70").stdout.splitlines()
     shown = {line.split()[0]: line for line in lines}
-    assert shown["train.num_steps"].split()[1:] == ["7", "command", "line"]
+    assert shown["train.num_steps"].split()[1:] == ["70", "command", "line"]
     assert shown["train.seq_len"].split()[2].startswith(NANO + ":")
     assert shown["train.seed"].split()[1:] == ["1234", "default"]
     assert all(key.startswith("train.") for key in shown)

@@ -114,12 +114,14 @@ def test_names_round_trip_through_transformers(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["gpt", "bert"])
-def test_loss_at_initialisation_is_ln_v(architecture):
+def test_loss_at_initialisation_is_ln_v_and_half_the_variance_of_the_logits(architecture):
     torch.manual_seed(0)
     model = build_model(ModelConfig(architecture=architecture), 8192, 64)
     tokens, labels = ids(8192, 8, 64), ids(8192, 8, 64).flip(0)
     (loss,) = model(tokens, labels=labels).values()
-    assert loss.item() / labels.numel() == pytest.approx(math.log(8192), rel=0.02)
+    std = model.shape.init_std if architecture == "bert" else gpt.INIT_STD
+    variance = model.shape.hidden_size * std**2  # of a logit: normalised states times rows of the embedding
+    assert loss.item() / labels.numel() == pytest.approx(math.log(8192) + variance / 2, rel=0.01)
 
 
 def test_changing_a_future_token_moves_no_past_logit():

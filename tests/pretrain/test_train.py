@@ -175,7 +175,7 @@ def test_full_disk_during_a_checkpoint_is_named_and_the_run_goes_on_from_the_ear
     run_dir = config.parent / "full"
     run_dir.mkdir()
     size = sum(f.stat().st_size for f in (undisturbed / "checkpoints/step-00000003").iterdir())
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size) + 300_000}", "tmpfs", str(run_dir)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size) + 60_000}", "tmpfs", str(run_dir)]
     mounted = subprocess.run(mount, capture_output=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
