@@ -4,8 +4,9 @@
 
 On a CPU torch's fused operator spends most of its time in a backward pass that does not keep the cores' bf16 units
 busy. Matrix products over blocks of queries do, and a causal block skips the keys after it: forward and backward
-together took a third of the time at 128 tokens, half at 512 and two thirds at 1,024 (benchmarks/kernels_cpu.py). The
-scores are rounded to bf16 once, as in any attention written out in bf16; the softmax sums in fp32.
+together are 2.5 times faster at 128 tokens, 1.3 to 1.6 times at 512 and no longer at 1,024 (docs/benchmarks.md), where
+the scores leave the cache; with a mask torch's operator is slower, and blocks win there too. The scores are rounded to
+bf16 once, as in any attention written out in bf16; the softmax sums in fp32.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCK_QUERIES = 256  # 128 to 256 were equally fast, 64 and 512 slower
+LONGEST_UNMASKED = 512  # in tokens; beyond, torch's operator is as fast without a mask
 
 
 def attention(
@@ -29,7 +31,8 @@ def attention(
     mask (batch or 1, heads or 1, seq, seq) bool, True where a query may look; with `causal` and a mask, the mask must
     hide later keys itself. Every query must see some key. `dropout` is the share of attention weights set to zero.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    suits_blocks = mask is not None or q.shape[-2] <= LONGEST_UNMASKED
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and suits_blocks:
         return _blockwise(q, k, v, mask, causal, dropout)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, dropout_p=dropout)
 

@@ -126,7 +126,9 @@ def test_it_learns_and_transformers_pipeline_repeats_its_predictions(folder, mod
     assert right == pytest.approx(results["accuracy"]["per_seed"][0])
     answers = pipeline("text-classification", str(run_dir / "model"))([line["text"] for line in lines])
     assert [answer["label"] for answer in answers] == [line["prediction"] for line in lines]
-    np.testing.assert_allclose([a["score"] for a in answers], [line["probability"] for line in lines], atol=0.02)
+    np.testing.assert_allclose(
+        [a["score"] for a in answers], [line["probability"] for line in lines], atol=0.05
+    )  # bf16
     _, info = AutoModelForSequenceClassification.from_pretrained(run_dir / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
