@@ -27,9 +27,10 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max
        padding: 0 1rem; }}
 h1 {{ font-size: 1.6rem; margin-bottom: 0; }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem; }}
 .sub {{ color: #666; margin-top: .2rem; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.5rem 0; }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(12.5rem, 1fr)); gap: .8rem; margin: 1.5rem 0; }}
 .tile {{ border: 1px solid #ddd; border-radius: .5rem; padding: .7rem .9rem; }}
-.tile b {{ display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }} .tile span {{ color: #666; }}
+.tile b {{ display: block; font-size: 1.4rem; white-space: nowrap; font-variant-numeric: tabular-nums; }}
+.tile span {{ color: #666; }}
 img {{ max-width: 100%; height: auto; }} pre {{ background: #f6f6f6; border-radius: .5rem; padding: .9rem;
       overflow-x: auto; white-space: pre-wrap; font-size: .85rem; }}
 table {{ border-collapse: collapse; }} td {{ padding: .15rem 1.2rem .15rem 0; vertical-align: top; }}
@@ -79,8 +80,15 @@ def tiles(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         found.append(("training loss of the last step", f"{steps[-1]['loss']:.3f}"))
         speed = statistics.median(line["tokens_per_second"] for line in steps)
         found.append(("tokens a second, median", f"{speed:,.0f}"))
-        found.append(("hours in steps", f"{sum(line['step_seconds'] for line in steps) / 3600:.2f}"))
+        found.append(("in training steps", duration(sum(line["step_seconds"] for line in steps))))
     return found
+
+
+def duration(seconds: float) -> str:
+    """Seconds below two minutes, minutes below two hours, else hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def picture(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> str:

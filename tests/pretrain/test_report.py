@@ -56,7 +56,7 @@ def test_page_is_well_formed_and_needs_nothing_from_outside(run_dir):
 
 def test_page_shows_numbers_configuration_samples_and_environment(run_dir):
     page = write_report(run_dir).read_text(encoding="utf-8")
-    for shown in ("8.000 → 6.000", "403.4", "1,234", "81,920 tokens", "deepspeed", "Samples"):
+    for shown in ("8.000 → 6.000", "403.4", "1,234", "81,920 tokens", "deepspeed", "Samples", "66 s"):
         assert shown in page
 
 
