@@ -164,9 +164,12 @@ def table(root: Path, seconds: float) -> Table:
             out.add_row(f"{name.upper()} {title}", before, after, str(root / name / file), end_section=file == "export")
     scratch, tuned = accuracy_of(root, "scratch"), accuracy_of(root, "tuned")
     out.add_row("", "scratch", "pretrained", "", style="bold")
-    for title, key, file in (("accuracy", "mean", "model"), (f"spread, {len(SEEDS)} seeds", "spread", "results.json")):
+    for title, key, file in (
+        ("classifier accuracy", "mean", "model"),
+        (f"spread over {len(SEEDS)} seeds", "spread", "results.json"),
+    ):
         where = str(root / "tuned" / file)
-        out.add_row(f"classifier {title}", f"{scratch[key]:.3f}", f"{tuned[key]:.3f}", where)
+        out.add_row(title, f"{scratch[key]:.3f}", f"{tuned[key]:.3f}", where)
     return out
 
 
