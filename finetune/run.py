@@ -6,7 +6,6 @@ ranks and micro batches; the order of the rows is a function of (seed, epoch).
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -43,14 +42,10 @@ BUCKET_BATCHES = 16  # rows are sorted by length within this many batches: less 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says the same")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+    file, overrides = runtime.launch_arguments(__doc__.splitlines()[0])
     ranks = runtime.start()
     try:
-        finetune(load_finetune(arguments.config, arguments.overrides), ranks)
+        finetune(load_finetune(file, overrides), ranks)
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without th
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import signal
@@ -63,6 +64,16 @@ def start(timeout_minutes: int = 30) -> Runtime:
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Runtime(rank, world_size, local_rank, device)
+
+
+def launch_arguments(description: str) -> tuple[str, list[str]]:
+    """The configuration file and the overrides on the command line: `--config FILE [key=value ...]`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says the same")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    return arguments.config, arguments.overrides
 
 
 def stop() -> None:

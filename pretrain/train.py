@@ -7,7 +7,6 @@ resumed writes, bit for bit, the numbers it would have written anyway.
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
 import sys
@@ -36,14 +35,10 @@ from pretrain.runtime import Runtime, StopRequest
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says the same")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+    file, overrides = runtime.launch_arguments(__doc__.splitlines()[0])
     ranks = runtime.start()
     try:
-        return train(load_pretrain(arguments.config, arguments.overrides), ranks)
+        return train(load_pretrain(file, overrides), ranks)
     except (ConfigError, DataError, CheckpointError) as error:  # what a user can mend needs no traceback
         print(error, file=sys.stderr)
         return 2

@@ -89,7 +89,7 @@ def test_bert_has_the_logits_loss_and_gradients_of_transformers(sizes):
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
 
 
-def test_golden_gpt2_of_transformers_gives_its_recorded_logits_and_loss(shared_data):
+def test_golden_gpt2_of_transformers_gives_its_recorded_logits_loss_and_gradients(shared_data):
     config = json.loads((shared_data / "goldens/hf_gpt2_tiny_config.json").read_text())
     weights = load_file(shared_data / "goldens/hf_gpt2_tiny.safetensors")
     golden = load_file(shared_data / "goldens/hf_gpt2_tiny_io.safetensors")
@@ -100,6 +100,15 @@ def test_golden_gpt2_of_transformers_gives_its_recorded_logits_and_loss(shared_d
     tokens = golden["input_ids"].long()
     logits = ours(tokens)
     torch.testing.assert_close(logits, golden["logits"].float(), atol=1e-5, rtol=1e-5)
+    labels = torch.cat([tokens[:, 1:], torch.full((len(tokens), 1), IGNORE_INDEX)], 1)
+    loss = ours(tokens, labels=labels)["clm"] / (labels != IGNORE_INDEX).sum()
+    torch.testing.assert_close(loss, golden["loss"][0], atol=1e-5, rtol=1e-5)
+    loss.backward()
+    gradients = our_gradients(ours)
+    for recorded, name in (("grad_wte", "wte.weight"), ("grad_h0_c_attn", "h.0.attn.c_attn.weight")):
+        torch.testing.assert_close(gradients[f"transformer.{name}"], golden[recorded], atol=1e-5, rtol=1e-5)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    torch.testing.assert_close(norm, golden["grad_norm"][0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["gpt", "bert"])
