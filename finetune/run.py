@@ -135,12 +135,11 @@ def predict(
 ) -> list[np.ndarray]:
     """The task's output for every row, in the order of `rows`, on every rank."""
     model.eval()
-    size = config.tuning.micro_batch_size
+    size = config.tuning.micro_batch_size * ranks.world_size
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     mine: list[np.ndarray] = []
-    for start in range(0, len(rows), size * ranks.world_size):
-        part = part_of_rank([rows[i] for i in by_length[start : start + size * ranks.world_size]],
-                            size * ranks.world_size, ranks)  # fmt: skip
+    for start in range(0, len(rows), size):
+        part = part_of_rank([rows[i] for i in by_length[start : start + size]], size, ranks)
         mine += task.predict(model, runtime.to_device(collate(part, padding_id), ranks.device))
     of_all_ranks: list[Any] = ranks.gather(mine)
     outputs: list[np.ndarray] = [np.empty(0)] * len(rows)

@@ -70,18 +70,14 @@ def run_steps(root: Path, files: list[str], console: Console) -> None:
         pretrain = ["pretrain", config, "--ranks", str(RANKS), *overrides]
         step(f"{name}: pretrain on {RANKS} ranks", pretrain, [built, config], trained, run)
         step(f"{name}: export", ["export", str(run)], [run / "metrics.jsonl"], run / "export/parity.json")
-    for start in ("tuned", "scratch"):
-        run = root / start
-        words = ["finetune", TASK_CONFIG, "--ranks", str(RANKS), f"model={root}/bert/export", f"run_dir={run}",
-                 f"train={root}/task.train.jsonl", f"dev={root}/task.dev.jsonl",
-                 f"from_scratch={str(start == 'scratch').lower()}", f"tuning.seeds={SEEDS}"]  # fmt: skip
+    for start, title in (("tuned", "from the pretrained BERT"), ("scratch", "from random weights")):
+        words = [
+            "finetune", TASK_CONFIG, "--ranks", str(RANKS), f"run_dir={root / start}", f"model={root}/bert/export",
+            f"train={root}/task.train.jsonl", f"dev={root}/task.dev.jsonl", f"tuning.seeds={SEEDS}",
+            f"from_scratch={str(start == 'scratch').lower()}",
+        ]  # fmt: skip
         inputs = [root / "bert/export/model.safetensors", root / "task.train.jsonl", TASK_CONFIG]
-        step(
-            f"classifier, {'from random weights' if start == 'scratch' else 'from the pretrained BERT'}",
-            words,
-            inputs,
-            run / "results.json",
-        )
+        step(f"classifier {title}", words, inputs, root / start / "results.json")
 
 
 class Steps:
