@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 20  # between SIGTERM and SIGKILL for the ranks that are left after one has failed
 TRACEBACK_LINES = 30
 
@@ -50,11 +51,12 @@ def run_local(module: str, words: list[str], num_ranks: int, logs: Path) -> int:
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, "-m", module, *words]
         if rank == 0:
-            ranks.append(subprocess.Popen(command, env=own))
+            ranks.append(subprocess.Popen(command, env=own, process_group=0))
         else:
             with log_file(logs, rank).open("wb") as log:
-                ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=log))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, process_group=0))
+    # The ranks have process groups of their own: Ctrl-C comes from the terminal here alone, and reaches them once.
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda received, _: pass_on(ranks, received))
     return wait(ranks, logs)
 
@@ -87,7 +89,7 @@ def wait(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.1)
-    if codes[failed] == 128 + signal.SIGTERM or codes[failed] == 128 + signal.SIGUSR1:  # all were asked to stop
+    if codes[failed] in {128 + number for number in STOP_SIGNALS}:  # all were asked to stop
         return max(rank.wait() for rank in ranks)
     pass_on(ranks, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS

@@ -98,11 +98,11 @@ def to_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[s
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGUSR1: the loop finishes its step, saves and ends. A second signal ends at once."""
+    """Notes SIGINT, SIGTERM and SIGUSR1: the loop finishes its step, saves and ends. A second signal ends at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:

@@ -73,6 +73,8 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
                 break
     if ranks.is_first:
         write_report(run_dir)
+        if step < config.train.num_steps:
+            print(f"stopped at step {step}, which is saved; the same command goes on from it")
     ranks.barrier()  # a rank that leaves while another still works takes the connection with it
     engine.close(model)
     return 0 if step == config.train.num_steps else 128 + (stop.signal or 15)

@@ -60,12 +60,12 @@ def test_first_failing_ranks_output_is_shown_and_the_others_are_ended(tmp_path):
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signal_reaches_every_rank_and_its_exit_code_comes_back(tmp_path, number):
     script = (
         "import os, pathlib, signal, sys, time\n"
         "def stop(number, frame): print('stopped', flush=True); sys.exit(128 + number)\n"
-        "signal.signal(signal.SIGTERM, stop); signal.signal(signal.SIGUSR1, stop)\n"
+        "[signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]\n"
         f"pathlib.Path({str(tmp_path)!r}, 'ready-' + os.environ['RANK']).touch()\n"
         "time.sleep(600)\n"
     )

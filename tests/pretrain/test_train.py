@@ -116,6 +116,7 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_from_it(config, undisturbed)
     assert codes == [128 + signal.SIGTERM] * 2
     saved = [p.name for p in (run_dir / "checkpoints").iterdir()]
     assert len(saved) == 1 and saved[0] < "step-00000008"
+    assert "the same command goes on from it" in (config.parent / "stopped-logs/rank-0.log").read_text()
     pretrain(config, "stopped", 2)
     train_lines = [[line for line in lines(r) if "loss" in line] for r in (run_dir, undisturbed)]
     assert train_lines[0] == train_lines[1]
