@@ -36,6 +36,7 @@ def main() -> None:
             speeds[name].append(BATCH * CONTEXT / statistics.median(run(name)))
             print(f"round {number + 1}: {name:14s} {speeds[name][-1]:8,.0f} tokens/s", flush=True)
     print(table(speeds))
+    print(f"\na bf16 matrix product alone: {matmul_flops() / 1e12:.2f} TFLOP/s")
 
 
 def run(name: str) -> list[float]:
@@ -62,6 +63,19 @@ def table(speeds: dict[str, list[float]]) -> str:
             f"| {middle * flops_per_token() / 1e12:.3f} | {ratio:.2f} ({min(ratios):.2f} - {max(ratios):.2f}) |"
         )
     return "\n".join(lines)
+
+
+def matmul_flops() -> float:
+    """Floating-point operations a second of a bf16 product of (4096, 4096) matrices, the median of seven."""
+    import torch
+
+    a, b = torch.randn(2, 4096, 4096).bfloat16()
+    seconds = []
+    for _ in range(8):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return 2 * 4096**3 / statistics.median(seconds[1:])  # the first one warms up
 
 
 def flops_per_token() -> float:

@@ -119,10 +119,6 @@ def gather_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, parameter.detach().cpu().clone()
 
 
-def num_parameters(engine: Any) -> int:
-    return sum(parameter.ds_numel for _, parameter in engine.module.named_parameters())
-
-
 def close(engine: Any) -> None:
     """Free what the engine holds, so that another one can be made in this process."""
     engine.destroy()
