@@ -31,15 +31,40 @@ class TokenizerConfig(Section):
     sample_bytes: PositiveInt = 50_000_000  # text the training reads, at most
 
 
+class CleanConfig(Section):
+    """Stages between reading and tokenizing, in this order; each is off unless it is set."""
+
+    html: bool = False  # documents are HTML pages: keep their main text
+    mojibake: bool = False  # repair text that was decoded with the wrong encoding (ftfy)
+    unicode: Literal["keep", "NFC", "NFKC"] = "keep"  # normalisation form; also drops control characters
+    languages: list[str] = []  # ISO 639-1 codes; documents identified as another language are dropped
+    min_language_score: Fraction = 0.5  # and those identified with less certainty
+    quality: list[Literal["gopher", "gopher_repetition", "c4"]] = []  # rules of these papers; see quality.py
+    pii: list[Literal["email", "phone", "ip", "card", "key"]] = []  # replaced by <EMAIL>, <PHONE>, ...
+    decontaminate: list[str] = []  # files of test sets; documents that share an n-gram with them are dropped
+    decontaminate_words: PositiveInt = 13  # n of that n-gram, in words (Brown et al. 2020)
+
+
+class DedupeConfig(Section):
+    """Documents that say the same as an earlier one are dropped, over all sources; the first one stays."""
+
+    exact: bool = False  # the same words
+    near: bool = False  # MinHash over 5-grams of words
+    similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8  # near: estimated Jaccard similarity from which on
+
+
 class BuildConfig(Section):
     """Raw text to a dataset directory: read by `millstream data build`."""
 
-    sources: list[str] = []  # files, globs, folders: .txt .jsonl(.gz|.zst) .parquet, `datasets` on disk; `docstrings:`
+    sources: list[str] = []  # files, globs, folders, http(s):// and s3:// addresses, `datasets` on disk, `docstrings:`
     text_key: str = "text"  # the field of jsonl, parquet and `datasets` records that holds the text
+    max_document_bytes: PositiveInt = 256_000_000  # a longer record or file is an error, like a broken one
     validation_sources: list[str] = []  # when given, these alone are the validation split
     validation_fraction: Fraction = 0.01  # of the documents, chosen by a hash of their text
     split_by: Literal["document", "tail"] = "document"  # tail: the last fraction of each document, in characters
-    deduplicate: bool = False  # drop exact and near duplicates
+    clean: CleanConfig = CleanConfig()
+    deduplicate: DedupeConfig = DedupeConfig()
+    licences: dict[str, str] = {}  # source -> its licence, for the data card
     tokenizer: TokenizerConfig = TokenizerConfig()
     shard_tokens: PositiveInt = 100_000_000  # a shard is closed at the first document that passes this
     on_error: Literal["stop", "skip"] = "stop"  # a broken record: stop and name it, or count it and go on
@@ -52,15 +77,49 @@ class MaskingConfig(Section):
     probability: Rate = 0.15  # share of tokens that become targets
     mask_share: Fraction = 0.8  # of the targets: replaced by [MASK]
     random_share: Fraction = 0.1  # of the targets: replaced by a random token; the rest stays
-    whole_word: bool = False  # choose words, not word pieces
-    next_sentence: bool = True  # NSP: two segments, half of the time the second is from another document
+    unit: Literal["token", "word", "span"] = "token"  # what is chosen: pieces, whole words, spans of words (SpanBERT)
+    span_mean: Annotated[float, Field(ge=1.0)] = 5.0  # span: words in a geometric draw, before it is cut at span_max
+    span_max: PositiveInt = 10  # span: longest, in words
+    pairs: Literal["nsp", "sop", "none"] = "nsp"  # half of the time the second segment is random (nsp), swapped (sop)
+    short_probability: Rate = 0.0  # share of samples cut to a random shorter length (Devlin et al.: 0.1)
+
+
+class MixtureSource(Section):
+    """One dataset of a mixture; exactly one of weight and epochs is given, the same one in all sources."""
+
+    dir: str  # as data.dir
+    weight: Annotated[float, Field(gt=0)] | None = None  # share of the samples, relative to the other sources'
+    epochs: Annotated[float, Field(gt=0)] | None = None  # passes over this source while the others make theirs
+
+
+class MixtureStage(Section):
+    """From a step on, other weights."""
+
+    from_step: PositiveInt
+    weights: dict[str, Annotated[float, Field(ge=0)]]  # of every source of the mixture
+    ramp_steps: Annotated[int, Field(ge=0)] = 0  # how long the weights take to get there, linearly; 0: at once
+
+
+class CacheConfig(Section):
+    """Where shards of a dataset at an http(s):// or s3:// address are kept; shared by all ranks of a node."""
+
+    dir: str = "~/.cache/millstream"
+    max_bytes: PositiveInt = 100_000_000_000  # the shards used longest ago are removed beyond this
+    retries: Annotated[int, Field(ge=0)] = 5  # of a failed transfer, each after twice the wait
+    prefetch_shards: PositiveInt = 4  # transferred at the same time, ahead of use
 
 
 class DataConfig(Section):
-    dir: str = "data/corpus"  # dataset directories `train/` and `validation/` and the tokenizer are in here
+    dir: str = "data/corpus"  # folder or address of the datasets `train/` and `validation/`, with the tokenizer
     build: BuildConfig = BuildConfig()
+    mixture: dict[str, MixtureSource] = {}  # name -> dataset; when given, data.dir is not read
+    mixture_schedule: list[MixtureStage] = []  # changes of the mixture's weights, for annealing or a curriculum
+    packing: Literal["concatenate", "best_fit"] = "concatenate"  # gpt: cut anywhere, or keep documents whole and pad
+    shuffle_window_tokens: PositiveInt | None = None  # none: over everything; else blocks of neighbours stay together
     masking: MaskingConfig = MaskingConfig()  # used by architecture bert
-    prefetch: bool = True  # prepare the next step in a thread while this one is computed
+    unpad: bool = False  # bert: batches without padding, the samples one after the other
+    cache: CacheConfig = CacheConfig()
+    num_workers: Annotated[int, Field(ge=0)] = 0  # processes that make batches ahead; 0: a thread
 
 
 class ModelConfig(Section):
@@ -97,9 +156,17 @@ class ScheduleConfig(Section):
     decay_steps: PositiveInt | None = None  # wsd: length of the final decay; none: a tenth of train.num_steps
 
 
+class PhaseConfig(Section):
+    """A stretch of a run with a sequence length of its own, out of the same dataset (BERT: 128, then 512)."""
+
+    from_step: PositiveInt
+    seq_len: PositiveInt  # in tokens
+
+
 class TrainConfig(Section):
     num_steps: PositiveInt = 1000  # optimizer steps
     seq_len: PositiveInt = 1024  # in tokens
+    phases: list[PhaseConfig] = []  # later changes of seq_len, in order of their steps
     global_batch_size: PositiveInt = 64  # in samples, over all ranks and accumulation steps
     micro_batch_size: PositiveInt = 8  # in samples, on one rank at once
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -64,7 +64,7 @@ def run_steps(root: Path, files: list[str], console: Console) -> None:
         if files:  # few long documents: hold out the end of each
             overrides.append("data.build.split_by=tail")
         else:  # done already, together with the task's examples
-            overrides.append("data.build.deduplicate=false")
+            overrides += ["data.build.deduplicate.exact=false", "data.build.deduplicate.near=false"]
         built, trained = data / "train/manifest.json", run / "report.html"
         step(f"{name}: text to tokens", ["data", "build", config, *overrides], [*text, config], built, data)
         pretrain = ["pretrain", config, "--ranks", str(RANKS), *overrides]
