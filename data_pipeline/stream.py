@@ -75,7 +75,9 @@ class Stream:
                 f"model.architecture=bert needs a tokenizer with [PAD] [UNK] [CLS] [SEP] [MASK], which {dataset.path} "
                 f"does not have; build the dataset with data.build.tokenizer.type=wordpiece"
             )
-        num_special = 3 if config.data.masking.next_sentence else 2
+        if self.is_bert and (config.data.masking.unit == "span" or config.data.masking.pairs == "sop"):
+            raise ConfigError("data.masking: unit=span and pairs=sop are not there yet")
+        num_special = 3 if config.data.masking.pairs != "none" else 2
         self.stride = self.seq_len - num_special if self.is_bert else self.seq_len
         self.num_samples = (
             dataset.num_tokens // self.stride if self.is_bert else (dataset.num_tokens - 1) // self.stride
@@ -84,9 +86,9 @@ class Stream:
             ids = self.tokenizer.get_vocab()
             self.cls_id, self.sep_id, self.mask_id = ids["[CLS]"], ids["[SEP]"], ids["[MASK]"]
             self.ends_sentence = ends_sentence(self.tokenizer)
-            self.continues = continues_word(self.tokenizer) if config.data.masking.whole_word else None
+            self.continues = continues_word(self.tokenizer) if config.data.masking.unit != "token" else None
             self.ordinary_ids = ordinary_ids(self.tokenizer)
-        self._ahead = ThreadPoolExecutor(1) if config.data.prefetch else None
+        self._ahead = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[list[Batch]]] | None = None
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
@@ -96,8 +98,6 @@ class Stream:
         """
         train = self.config.train
         accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size)
-        if self._ahead is None:
-            return self._make(step, rank, world_size)
         ready, self._next = self._next, None
         batches = ready[1].result() if ready and ready[0] == step else self._make(step, rank, world_size)
         self._next = (step + 1, self._ahead.submit(self._make, step + 1, rank, world_size))
@@ -144,7 +144,7 @@ class Stream:
         """See `pack.pad_bert` and `mask.mask_tokens`; each array is (seq_len,), next_sentence_label is ()."""
         masking = self.config.data.masking
         row: dict[str, np.ndarray]
-        if masking.next_sentence:
+        if masking.pairs == "nsp":
             other = int(sample + 1 + rng.integers(max(1, self.num_samples - 1))) % self.num_samples
             a, b, is_random = pack.next_sentence_pair(
                 *self._window(sample, 1), *self._window(other, 1), self.ends_sentence, self.stride, rng

@@ -42,7 +42,7 @@ def settings(corpus: Path, kind: str, *overrides: str) -> PretrainConfig:
         f"    tokenizer: {{type: {'wordpiece' if architecture == 'bert' else 'byte_bpe'}, vocab_size: 300}}\n"
         "train: {seq_len: 32, global_batch_size: 8, micro_batch_size: 2}\n"
     )
-    extra = {"bert-no-nsp": "data.masking.next_sentence=false", "bert-whole-words": "data.masking.whole_word=true"}
+    extra = {"bert-no-nsp": "data.masking.pairs=none", "bert-whole-words": "data.masking.unit=word"}
     return load_pretrain(config, [*([extra[kind]] if kind in extra else []), *overrides])
 
 
