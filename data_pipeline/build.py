@@ -57,7 +57,7 @@ def build(config: PretrainConfig, console: Console) -> None:
     def documents() -> Iterator[tuple[str, str]]:
         """(split, text) of every document, in order."""
         found: Iterable[Document] = read_documents(files, settings.text_key, on_error)
-        if settings.deduplicate:
+        if settings.deduplicate.exact or settings.deduplicate.near:
             found = drop_duplicates(found)
         yield from split(found, settings)
         for document in read_documents(held_out, settings.text_key, on_error):
