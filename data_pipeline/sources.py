@@ -1,28 +1,37 @@
-"""Raw text -> documents, from files of several formats. The order is that of the sources, files of a folder sorted."""
+"""Sources -> files -> pieces -> documents. The order is that of the sources, files of a folder sorted.
+
+    files = find_files(sources)
+    pieces = [piece for file in files for piece in scan(file, settings, piece_bytes)]
+    for index, document in read_pieces(pieces, settings, skipped): ...
+
+A piece is what one process reads: its documents do not depend on how the file was cut.
+"""
 
 from __future__ import annotations
 
 import glob
-import io
-import json
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import zstandard
-
+from configs.schema import BuildConfig
+from data_pipeline import files as local
+from data_pipeline import readers
+from data_pipeline.files import open_bytes
+from data_pipeline.readers import Document, Piece
 from data_pipeline.shards import DataError
+
+__all__ = ["DOCSTRINGS", "Document", "Piece", "find_files", "open_bytes", "read_piece", "read_pieces", "scan", "stamp"]
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 DOCSTRINGS = "docstrings:"
-
-
-@dataclass(frozen=True)
-class Document:
-    text: str
-    place: str  # where it came from: file, or file:line
+READERS = {
+    "docstrings": (readers.scan_docstrings, readers.read_docstrings),
+    "lines": (readers.scan_lines, readers.read_lines),
+    "text": (readers.scan_text, readers.read_text),
+    "parquet": (readers.scan_parquet, readers.read_parquet),
+    "datasets": (readers.scan_datasets, readers.read_datasets),
+}
 
 
 def find_files(sources: list[str]) -> list[str]:
@@ -42,15 +51,101 @@ def find_files(sources: list[str]) -> list[str]:
     return found
 
 
-def read_documents(files: list[str], text_key: str, skipped: Callable[[str], None] | None) -> Iterator[Document]:
-    """All non-empty documents of `files`.
+def stamp(file: str) -> str:
+    """What a change of the file would change: its size and time of modification."""
+    return "" if file == DOCSTRINGS else local.stamp(file)
 
-    A broken record raises DataError naming file and line, or, with `skipped`, is reported to it and passed over.
+
+def scan(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
+    """Cut `file` into pieces of about `piece_bytes` of text; none if it is empty.
+
+    Raises DataError if it cannot be read, is not what its name says, is damaged, or has not the text's column.
     """
+    with _naming(file):
+        before = stamp(file)
+        pieces = READERS[_format(file)][0](file, settings, piece_bytes)
+        _check_unchanged(file, before)
+    return [replace(piece, stamp=before) for piece in pieces]
+
+
+def read_piece(piece: Piece, settings: BuildConfig, skipped: Callable[[str], None] | None = None) -> Iterator[Document]:
+    """The documents of one piece that are not blank; see `read_pieces`."""
+    return (document for _, document in read_pieces([piece], settings, skipped))
+
+
+def read_pieces(
+    pieces: list[Piece], settings: BuildConfig, skipped: Callable[[str], None] | None = None
+) -> Iterator[tuple[int, Document]]:
+    """(index of the piece, document) of every document that is not blank; pieces of one file in order cost one pass.
+
+    A broken record raises DataError naming file and line, or, with `skipped`, is reported to it and passed over. A file
+    that was changed since it was scanned raises DataError in any case.
+    """
+
+    def broken(message: str) -> None:
+        if skipped is None:
+            raise DataError(f"{message}, or set data.build.on_error=skip")
+        skipped(message)
+
+    first = 0
+    while first < len(pieces):
+        last = first + 1
+        while last < len(pieces) and _follows(pieces[last - 1], pieces[last]):
+            last += 1
+        file, run = pieces[first].file, pieces[first:last]
+        with _naming(file):
+            _check_unchanged(file, run[0].stamp)
+            try:
+                for index, documents in READERS[_format(file)][1](run, settings, broken):
+                    for document in documents:
+                        if document.text and not document.text.isspace():
+                            yield first + index, document
+            except DataError:
+                _check_unchanged(file, run[0].stamp)  # if it was changed, that is the news
+                raise
+            _check_unchanged(file, run[0].stamp)
+        first = last
+
+
+def read_documents(files: list[str], text_key: str, skipped: Callable[[str], None] | None) -> Iterator[Document]:
+    """All documents of `files` that are not blank; see `read_pieces`."""
+    settings = BuildConfig(text_key=text_key, on_error="skip" if skipped else "stop")
     for file in files:
-        for document in _read_file(file, text_key, skipped):
-            if document.text and not document.text.isspace():
-                yield document
+        for _, document in read_pieces(scan(file, settings, 1 << 62), settings, skipped):
+            yield document
+
+
+def _follows(piece: Piece, other: Piece) -> bool:
+    return other.file == piece.file and other.start >= piece.stop
+
+
+def _check_unchanged(file: str, before: str) -> None:
+    if before and (now := stamp(file)) != before:
+        raise DataError(f"{file}: was changed while it was read (it had {before}, now {now}); build again")
+
+
+class _naming:
+    """Turns errors of the system into a DataError that names the file."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, OSError):
+            raise DataError(f"{self.file}: cannot be read ({error.strerror or error})") from error
+
+
+def _format(file: str) -> str:
+    if file == DOCSTRINGS:
+        return "docstrings"
+    if file.endswith(".txt"):
+        return "text"
+    if file.endswith(".parquet"):
+        return "parquet"
+    return "datasets" if Path(file).is_dir() else "lines"
 
 
 def _expand(path: Path) -> list[str]:
@@ -64,134 +159,3 @@ def _expand(path: Path) -> list[str]:
     if not inside:
         raise DataError(f"{path}: holds no file of a known kind ({', '.join(SUFFIXES)})")
     return inside
-
-
-def _read_file(file: str, text_key: str, skipped: Callable[[str], None] | None) -> Iterator[Document]:
-    if file == DOCSTRINGS:
-        from data_pipeline.docstrings import read_docstrings
-
-        for text, place in read_docstrings():
-            yield Document(text, place)
-    elif file.endswith(".txt"):
-        yield from _read_text(file, skipped)
-    elif file.endswith(".parquet"):
-        yield from _read_parquet(file, text_key)
-    elif Path(file).is_dir():
-        yield from _read_datasets(file, text_key)
-    else:
-        yield from _read_jsonl(file, text_key, skipped)
-
-
-def _read_text(file: str, skipped: Callable[[str], None] | None) -> Iterator[Document]:
-    content = Path(file).read_bytes()
-    try:
-        yield Document(content.decode("utf-8"), file)
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        _broken(f"{file}:{line}: is not UTF-8 (byte 0x{content[error.start]:02x}); convert the file to UTF-8", skipped)
-
-
-def _read_jsonl(file: str, text_key: str, skipped: Callable[[str], None] | None) -> Iterator[Document]:
-    with open_bytes(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.isspace():
-                continue
-            place = f"{file}:{number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-                text = record[text_key]
-                text.encode("utf-8")  # json may hold half of a surrogate pair, which is not text
-            except UnicodeError as error:
-                _broken(f"{place}: is not UTF-8 ({error}); convert the file to UTF-8", skipped)
-            except ValueError as error:
-                _broken(f"{place}: is not valid JSON ({error}); repair or remove the line", skipped)
-            except (KeyError, TypeError, AttributeError):
-                keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                _broken(f"{place}: has no text under `{text_key}` (found: {keys}); set data.build.text_key", skipped)
-            else:
-                yield Document(text, place)
-
-
-def open_bytes(file: str) -> io.BufferedIOBase:
-    """Open a file for reading bytes; .gz and .zst are decompressed. Reading a damaged one raises DataError."""
-    if file.endswith((".gz", ".zst")):
-        return io.BufferedReader(_Decompressed(file), buffer_size=1 << 20)
-    return open(file, "rb")
-
-
-class _Decompressed(io.RawIOBase):
-    """The content of a compressed file; unlike the libraries' readers it notices a .zst that was cut off."""
-
-    def __init__(self, file: str) -> None:
-        self.file, self.opened = file, open(file, "rb")  # noqa: SIM115 - closed by close()
-        self.blocks = self._blocks()
-        self.rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.rest:
-            block = next(self.blocks, None)
-            if block is None:
-                return 0
-            self.rest = block
-        size = min(len(buffer), len(self.rest))
-        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
-        return size
-
-    def close(self) -> None:
-        self.opened.close()
-        super().close()
-
-    def _blocks(self) -> Iterator[bytes]:
-        """Decompressed blocks of all frames (.zst) or members (.gz), one after the other."""
-        decompressor = None
-        try:
-            while data := self.opened.read(1 << 18):
-                while data:
-                    decompressor = decompressor or self._decompressor()
-                    yield decompressor.decompress(data)
-                    data = decompressor.unused_data
-                    if decompressor.eof:
-                        decompressor = None
-        except (zstandard.ZstdError, zlib.error) as error:
-            raise DataError(f"{self.file}: is damaged ({error}); copy or compress it again") from error
-        if decompressor is not None:
-            raise DataError(f"{self.file}: is cut off in the middle of the compressed data; copy it again")
-
-    def _decompressor(self) -> Any:
-        if self.file.endswith(".gz"):
-            return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: with gzip's header and checksum
-        return zstandard.ZstdDecompressor().decompressobj()
-
-
-def _read_parquet(file: str, text_key: str) -> Iterator[Document]:
-    import pyarrow.parquet as parquet
-
-    opened = parquet.ParquetFile(file)
-    if text_key not in opened.schema_arrow.names:
-        raise DataError(f"{file}: has no column `{text_key}` (found: {', '.join(opened.schema_arrow.names)})")
-    row = 0
-    for batch in opened.iter_batches(columns=[text_key], batch_size=1024):
-        for value in batch.column(0).to_pylist():
-            row += 1
-            yield Document(value or "", f"{file}: row {row}")
-
-
-def _read_datasets(folder: str, text_key: str) -> Iterator[Document]:
-    from datasets import DatasetDict, load_from_disk
-
-    loaded = load_from_disk(folder)
-    if isinstance(loaded, DatasetDict):
-        raise DataError(f"{folder}: holds several splits ({', '.join(loaded)}); name one of them: {folder}/SPLIT")
-    if text_key not in loaded.column_names:
-        raise DataError(f"{folder}: has no column `{text_key}` (found: {', '.join(loaded.column_names)})")
-    for number, value in enumerate(loaded[text_key]):
-        yield Document(value or "", f"{folder}: row {number + 1}")
-
-
-def _broken(message: str, skipped: Callable[[str], None] | None) -> None:
-    if skipped is None:
-        raise DataError(f"{message}, or set data.build.on_error=skip")
-    skipped(message)

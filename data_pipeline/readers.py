@@ -1,0 +1,318 @@
+"""One reader per format: `scan_X` cuts a file into pieces, `read_X` gives the documents of pieces of one file.
+
+Every reader passes over its file once, forward, in memory that does not depend on the file's size, and gives documents
+in batches. What it cannot use it tells `broken`, which raises or counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
+
+import orjson
+
+from configs.schema import BuildConfig
+from data_pipeline.files import BLOCK_BYTES, blocks, check_magic, compression, open_raw
+from data_pipeline.shards import DataError
+
+DOCSTRINGS_BYTES = 25_000_000  # about; known only after all installed packages were read
+Broken = Callable[[str], None]
+Batches = Iterator[tuple[int, list["Document"]]]  # (index of the piece, some of its documents)
+
+
+class Document(NamedTuple):  # a quarter of the time of a frozen dataclass, which short documents feel
+    text: str
+    place: str  # where it came from: file, file: byte or row
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file that can be read by itself."""
+
+    file: str
+    start: int  # lines: byte of the decompressed content at which a line starts; parquet, datasets: row
+    stop: int  # the same, exclusive
+    num_bytes: int  # of text, about
+    first_line: int = 0  # lines: the number of the line at `start`; 0: not known
+    frame_at: int = 0  # lines: a byte of the file from which it can be decompressed,
+    frame_start: int = 0  # and the byte of the content there; at most `start`
+    stamp: str = ""  # the file's size and time when it was scanned
+
+
+# ---- jsonl, plain and compressed
+
+
+def scan_lines(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
+    """Pieces of at least `piece_bytes`. A compressed file is passed over, which also finds whether it is whole."""
+    if compression(file):
+        return _scan_by_reading(file, settings, piece_bytes)
+    with open_raw(file) as opened:
+        check_magic(file, opened.read(4))
+        size = opened.seek(0, os.SEEK_END)
+        starts = [0] if size else []
+        while starts and (start := _line_start(opened, starts[-1] + piece_bytes, size)) < size:
+            starts.append(start)
+    ends = [*starts[1:], size]
+    return [Piece(file, a, b, b - a, int(a == 0), a, a) for a, b in zip(starts, ends, strict=bool(starts))]
+
+
+def _line_start(opened, at: int, size: int) -> int:
+    """The first byte at or after `at` at which a line starts; `size` if there is none."""
+    if at >= size:
+        return size
+    opened.seek(at - 1)
+    at -= 1
+    while block := opened.read(BLOCK_BYTES):
+        if (found := block.find(b"\n")) >= 0:
+            return at + found + 1
+        at += len(block)
+    return size
+
+
+def _scan_by_reading(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
+    pieces: list[Piece] = []
+    position = start = frame_start = frame_at = line_start = 0
+    line = first_line = 1
+    frame = (0, 0)
+
+    def close(stop: int) -> None:
+        if stop > start:
+            pieces.append(Piece(file, start, stop, stop - start, first_line, *frame))
+
+    for block_frame, block in blocks(file):
+        if block_frame != frame_at:
+            frame_at, frame_start = block_frame, position
+        done = 0
+        while (cut := block.find(b"\n", max(done, start + piece_bytes - 1 - position))) >= 0:
+            line += block.count(b"\n", done, cut + 1)
+            done = cut + 1
+            close(position + done)
+            start, first_line, frame = position + done, line, (frame_at, frame_start)
+        line += block.count(b"\n", done)
+        if (last := block.rfind(b"\n")) >= 0:
+            line_start = position + last + 1
+        position += len(block)
+        if position - line_start > settings.max_document_bytes and settings.on_error == "stop":
+            raise DataError(f"{file}:{line}: {_too_long(settings)}, or set data.build.on_error=skip")
+    close(position)
+    return pieces
+
+
+def read_lines(pieces: list[Piece], settings: BuildConfig, broken: Broken) -> Batches:
+    file, key, loads = pieces[0].file, settings.text_key, orjson.loads
+    for index, group in groupby(_slices(pieces), key=itemgetter(0)):
+        offset, line_number = pieces[index].start, pieces[index].first_line
+
+        def place(offset: int, number: int, piece: Piece = pieces[index]) -> str:
+            return _place(piece, offset, number)
+
+        for lines, num_bytes in _split((block for _, block in group), settings.max_document_bytes):
+            if not lines:
+                broken(f"{_place(pieces[index], offset, line_number)}: {_too_long(settings)}")
+                offset, line_number = offset + num_bytes, line_number + 1
+                continue
+            documents = []
+            for number, line in enumerate(lines, line_number):
+                try:
+                    text = loads(line)[key]
+                except (ValueError, KeyError, TypeError, IndexError):
+                    text = None
+                if type(text) is not str:
+                    text = _careful(line, key, lambda: place(offset, number), broken)  # noqa: B023 - called at once
+                if text and not text.isspace():
+                    documents.append(Document(text, f"{file}: byte {offset}"))
+                offset += len(line) + 1
+            line_number += len(lines)
+            yield index, documents
+
+
+def _slices(pieces: list[Piece]) -> Iterator[tuple[int, bytes]]:
+    """(index of the piece, its next bytes), in one pass over the file."""
+    file, position, index = pieces[0].file, pieces[0].frame_start, 0
+    for _, block in blocks(file, pieces[0].frame_at):
+        end = position + len(block)
+        while pieces[index].start < end:
+            piece = pieces[index]
+            if data := block[max(piece.start - position, 0) : piece.stop - position]:
+                yield index, data
+            if piece.stop > end:
+                break
+            index += 1
+            if index == len(pieces):
+                return
+        position = end
+    raise DataError(f"{file}: ends at byte {position} of its content, before {pieces[-1].stop}; it was changed")
+
+
+def _split(blocks: Iterator[bytes], limit: int) -> Iterator[tuple[list[bytes], int]]:
+    """(lines without their ends, bytes with the ends); a line longer than `limit` comes alone, as an empty list."""
+    held: list[bytes] = []  # the beginning of a line
+    num_held = 0
+    for block in blocks:
+        lines = block.split(b"\n")
+        if len(lines) > 1:
+            num_bytes = num_held + len(block) - len(lines[-1])
+            first = num_held + len(lines[0])
+            lines[0] = b"".join([*held, lines[0]]) if first <= limit else b""
+            held, num_held, rest = [], 0, lines.pop()
+            if num_bytes <= limit:
+                yield lines, num_bytes
+            else:
+                for size, line in zip([first, *map(len, lines[1:])], lines, strict=True):
+                    yield ([line] if size <= limit else []), size + 1
+        else:
+            rest = block
+        num_held += len(rest)
+        held = [*held, rest] if num_held <= limit else []
+    if num_held:
+        yield ([b"".join(held)] if num_held <= limit else []), num_held
+
+
+def _careful(line: bytes, key: str, place: Callable[[], str], broken: Broken) -> str | None:
+    """The text of a line that the fast way refused: it may be blank or fine after all (NaN); else say what is wrong."""
+    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    if not line or line.isspace():
+        return None
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        broken(f"{place()}: is not UTF-8 ({error}); convert the file to UTF-8")
+        return None
+    except (ValueError, RecursionError) as error:
+        broken(f"{place()}: is not valid JSON ({error}); repair or remove the line")
+        return None
+    text = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        if isinstance(record, dict) and key in record:
+            found = f"{key}: {json.dumps(text)[:50]}"
+        broken(f"{place()}: has no text under `{key}` (found: {found}); set data.build.text_key")
+        return None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        broken(f"{place()}: holds half of a surrogate pair, which is not UTF-8 ({error}); repair or remove the line")
+        return None
+    return text
+
+
+def _place(piece: Piece, offset: int, number: int) -> str:
+    """file:line. Where the number of lines before the piece is not known they are counted."""
+    if not piece.first_line:
+        number += 1
+        position = 0
+        for _, block in blocks(piece.file):
+            number += block.count(b"\n", 0, max(piece.start - position, 0))
+            position += len(block)
+            if position >= piece.start:
+                break
+    return f"{piece.file}:{number}"
+
+
+def _too_long(settings: BuildConfig) -> str:
+    return (
+        f"is longer than data.build.max_document_bytes={settings.max_document_bytes}; "
+        f"set it higher, cut or remove the document"
+    )
+
+
+# ---- txt
+
+
+def scan_text(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
+    """One piece: a text file is one document."""
+    with open_raw(file) as opened:
+        check_magic(file, opened.read(4))
+        size = opened.seek(0, os.SEEK_END)
+    return [Piece(file, 0, size, size)]
+
+
+def read_text(pieces: list[Piece], settings: BuildConfig, broken: Broken) -> Batches:
+    file = pieces[0].file
+    if pieces[0].stop > settings.max_document_bytes:
+        broken(f"{file}: {_too_long(settings)}")
+        return
+    with open_raw(file) as opened:
+        content = opened.read()
+    try:
+        yield 0, [Document(content.decode("utf-8").removeprefix("\ufeff"), file)]
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        broken(f"{file}:{line}: is not UTF-8 (byte 0x{content[error.start]:02x}); convert the file to UTF-8")
+
+
+# ---- parquet and `datasets` on disk
+
+
+def scan_parquet(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
+    import pyarrow.parquet as parquet
+
+    opened = parquet.ParquetFile(file)
+    _check_column(file, settings.text_key, opened.schema_arrow)
+    return [Piece(file, 0, opened.metadata.num_rows, os.path.getsize(file))]
+
+
+def read_parquet(pieces: list[Piece], settings: BuildConfig, broken: Broken) -> Batches:
+    import pyarrow.parquet as parquet
+
+    opened = parquet.ParquetFile(pieces[0].file)
+    row = 0
+    for batch in opened.iter_batches(columns=[settings.text_key], batch_size=1024):
+        documents = []
+        for value in batch.column(0).to_pylist():
+            row += 1
+            documents.append(Document(value or "", f"{pieces[0].file}: row {row}"))
+        yield 0, documents
+
+
+def _check_column(file: str, key: str, schema) -> None:
+    if key not in schema.names:
+        raise DataError(f"{file}: has no column `{key}` (found: {', '.join(schema.names)}); set data.build.text_key")
+
+
+def scan_datasets(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
+    loaded = _load_dataset(file, settings.text_key)
+    num_bytes = loaded.data.nbytes
+    rows = max(1, len(loaded) * piece_bytes // max(num_bytes, 1))
+    starts = range(0, len(loaded), rows)
+    each = num_bytes / max(len(loaded), 1)
+    ends = [min(start + rows, len(loaded)) for start in starts]
+    return [Piece(file, a, b, int((b - a) * each)) for a, b in zip(starts, ends, strict=True)]
+
+
+def read_datasets(pieces: list[Piece], settings: BuildConfig, broken: Broken) -> Batches:
+    file = pieces[0].file
+    loaded = _load_dataset(file, settings.text_key)
+    for index, piece in enumerate(pieces):
+        for start in range(piece.start, piece.stop, 256):
+            values = loaded[start : min(start + 256, piece.stop)][settings.text_key]
+            yield index, [Document(v or "", f"{file}: row {row}") for row, v in enumerate(values, start + 1)]
+
+
+def _load_dataset(folder: str, key: str):
+    from datasets import DatasetDict, load_from_disk
+
+    loaded = load_from_disk(folder)
+    if isinstance(loaded, DatasetDict):
+        raise DataError(f"{folder}: holds several splits ({', '.join(loaded)}); name one of them: {folder}/SPLIT")
+    _check_column(folder, key, loaded.features.arrow_schema)
+    return loaded
+
+
+# ---- docstrings of the installed packages
+
+
+def scan_docstrings(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
+    return [Piece(file, 0, 1, DOCSTRINGS_BYTES)]
+
+
+def read_docstrings(pieces: list[Piece], settings: BuildConfig, broken: Broken) -> Batches:
+    from data_pipeline.docstrings import read_docstrings
+
+    for text, place in read_docstrings():
+        yield 0, [Document(text, place)]
