@@ -68,7 +68,9 @@ class BuildConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     shard_tokens: PositiveInt = 100_000_000  # a shard is closed at the first document that passes this
     on_error: Literal["stop", "skip"] = "stop"  # a broken record: stop and name it, or count it and go on
-    num_workers: int | None = None  # processes; none: the machine's cores. The result does not depend on it
+    num_workers: PositiveInt | None = None  # processes; none: the machine's cores. The result does not depend on it
+    engine: Literal["processes", "datatrove"] = "processes"  # who runs the workers; under mpirun it is MPI's ranks
+    slurm: dict[str, Any] = {}  # datatrove: settings of its SlurmPipelineExecutor (partition, time, ...); none: local
 
 
 class MaskingConfig(Section):
