@@ -65,12 +65,21 @@ def check_magic(file: str, head: bytes) -> None:
         raise DataError(f"{file}: is a {found} file by its first bytes; rename it to end in {SUFFIX_OF[found]}")
 
 
+def size_of(file: str) -> int:
+    """Bytes on disk, of a folder of all files in it."""
+    return sum(stat.st_size for stat in _stats(file))
+
+
 def stamp(file: str) -> str:
     """What a change of the file would change: size and time of modification; of a folder, of all files in it."""
-    paths = sorted(path for path in Path(file).rglob("*") if path.is_file()) if os.path.isdir(file) else [Path(file)]
-    stats = [path.stat() for path in paths]
+    stats = _stats(file)
     newest = max((stat.st_mtime_ns for stat in stats), default=0)
     return f"{sum(stat.st_size for stat in stats)} bytes, modified at {newest / 1e9:.9f}"
+
+
+def _stats(file: str) -> list[os.stat_result]:
+    paths = sorted(path for path in Path(file).rglob("*") if path.is_file()) if os.path.isdir(file) else [Path(file)]
+    return [path.stat() for path in paths]
 
 
 def _decompressed(file: str, opened: BinaryIO, at: int) -> Iterator[tuple[int, bytes]]:

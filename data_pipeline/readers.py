@@ -114,6 +114,7 @@ def read_lines(pieces: list[Piece], settings: BuildConfig, broken: Broken) -> Ba
         for lines, num_bytes in _split((block for _, block in group), settings.max_document_bytes):
             if not lines:
                 broken(f"{_place(pieces[index], offset, line_number)}: {_too_long(settings)}")
+                yield index, []
                 offset, line_number = offset + num_bytes, line_number + 1
                 continue
             documents = []

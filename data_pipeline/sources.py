@@ -25,6 +25,7 @@ __all__ = ["DOCSTRINGS", "Document", "Piece", "find_files", "open_bytes", "read_
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 DOCSTRINGS = "docstrings:"
+Skipped = Callable[[int, str], None]  # told of a broken record: the index of its piece, what is wrong
 READERS = {
     "docstrings": (readers.scan_docstrings, readers.read_docstrings),
     "lines": (readers.scan_lines, readers.read_lines),
@@ -56,6 +57,11 @@ def stamp(file: str) -> str:
     return "" if file == DOCSTRINGS else local.stamp(file)
 
 
+def size_of(file: str) -> int:
+    """Bytes of the file or folder, for planning and progress."""
+    return readers.DOCSTRINGS_BYTES if file == DOCSTRINGS else local.size_of(file)
+
+
 def scan(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
     """Cut `file` into pieces of about `piece_bytes` of text; none if it is empty.
 
@@ -68,24 +74,31 @@ def scan(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
     return [replace(piece, stamp=before) for piece in pieces]
 
 
-def read_piece(piece: Piece, settings: BuildConfig, skipped: Callable[[str], None] | None = None) -> Iterator[Document]:
+def read_piece(piece: Piece, settings: BuildConfig, skipped: Skipped | None = None) -> Iterator[Document]:
     """The documents of one piece that are not blank; see `read_pieces`."""
     return (document for _, document in read_pieces([piece], settings, skipped))
 
 
 def read_pieces(
-    pieces: list[Piece], settings: BuildConfig, skipped: Callable[[str], None] | None = None
+    pieces: list[Piece], settings: BuildConfig, skipped: Skipped | None = None
 ) -> Iterator[tuple[int, Document]]:
     """(index of the piece, document) of every document that is not blank; pieces of one file in order cost one pass.
 
-    A broken record raises DataError naming file and line, or, with `skipped`, is reported to it and passed over. A file
+    A broken record raises DataError naming file and line, or, with `skipped`, is passed over and reported to it with the
+    index of its piece, before any document of a later piece comes. A file
     that was changed since it was scanned raises DataError in any case.
     """
+
+    pending: list[str] = []  # messages whose piece is known when its documents come
 
     def broken(message: str) -> None:
         if skipped is None:
             raise DataError(f"{message}, or set data.build.on_error=skip")
-        skipped(message)
+        pending.append(message)
+
+    def report(index: int) -> None:
+        while pending and skipped:
+            skipped(index, pending.pop(0))
 
     first = 0
     while first < len(pieces):
@@ -97,6 +110,7 @@ def read_pieces(
             _check_unchanged(file, run[0].stamp)
             try:
                 for index, documents in READERS[_format(file)][1](run, settings, broken):
+                    report(first + index)
                     for document in documents:
                         if document.text and not document.text.isspace():
                             yield first + index, document
@@ -104,6 +118,7 @@ def read_pieces(
                 _check_unchanged(file, run[0].stamp)  # if it was changed, that is the news
                 raise
             _check_unchanged(file, run[0].stamp)
+        report(last - 1)
         first = last
 
 
@@ -111,7 +126,8 @@ def read_documents(files: list[str], text_key: str, skipped: Callable[[str], Non
     """All documents of `files` that are not blank; see `read_pieces`."""
     settings = BuildConfig(text_key=text_key, on_error="skip" if skipped else "stop")
     for file in files:
-        for _, document in read_pieces(scan(file, settings, 1 << 62), settings, skipped):
+        report = (lambda index, message: skipped(message)) if skipped else None
+        for _, document in read_pieces(scan(file, settings, 1 << 62), settings, report):
             yield document
 
 
