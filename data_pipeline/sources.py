@@ -26,6 +26,7 @@ __all__ = ["DOCSTRINGS", "Document", "Piece", "find_files", "open_bytes", "read_
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 DOCSTRINGS = "docstrings:"
 Skipped = Callable[[int, str], None]  # told of a broken record: the index of its piece, what is wrong
+Skipped = Callable[[int, str], None]  # (index of the piece, what is wrong and where)
 READERS = {
     "docstrings": (readers.scan_docstrings, readers.read_docstrings),
     "lines": (readers.scan_lines, readers.read_lines),
@@ -75,31 +76,18 @@ def scan(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
 
 
 def read_piece(piece: Piece, settings: BuildConfig, skipped: Skipped | None = None) -> Iterator[Document]:
-    """The documents of one piece that are not blank; see `read_pieces`."""
+    """The documents of one piece; see `read_pieces`."""
     return (document for _, document in read_pieces([piece], settings, skipped))
 
 
 def read_pieces(
     pieces: list[Piece], settings: BuildConfig, skipped: Skipped | None = None
 ) -> Iterator[tuple[int, Document]]:
-    """(index of the piece, document) of every document that is not blank; pieces of one file in order cost one pass.
+    """(index of the piece, document) of all that are not blank; pieces of one file in order cost one pass over it.
 
-    A broken record raises DataError naming file and line, or, with `skipped`, is passed over and reported to it with the
-    index of its piece, before any document of a later piece comes. A file
-    that was changed since it was scanned raises DataError in any case.
+    A broken record raises DataError naming file and line, or, with `skipped`, is reported to it, with the index of its
+    piece, and passed over. A file that was changed since it was scanned raises DataError in any case.
     """
-
-    pending: list[str] = []  # messages whose piece is known when its documents come
-
-    def broken(message: str) -> None:
-        if skipped is None:
-            raise DataError(f"{message}, or set data.build.on_error=skip")
-        pending.append(message)
-
-    def report(index: int) -> None:
-        while pending and skipped:
-            skipped(index, pending.pop(0))
-
     first = 0
     while first < len(pieces):
         last = first + 1
@@ -109,26 +97,32 @@ def read_pieces(
         with _naming(file):
             _check_unchanged(file, run[0].stamp)
             try:
-                for index, documents in READERS[_format(file)][1](run, settings, broken):
-                    report(first + index)
-                    for document in documents:
-                        if document.text and not document.text.isspace():
-                            yield first + index, document
+                for index, records in READERS[_format(file)][1](run, settings):
+                    for record in records:
+                        if isinstance(record, str):
+                            _broken(first + index, record, skipped)
+                        elif record.text and not record.text.isspace():
+                            yield first + index, record
             except DataError:
                 _check_unchanged(file, run[0].stamp)  # if it was changed, that is the news
                 raise
             _check_unchanged(file, run[0].stamp)
-        report(last - 1)
         first = last
 
 
 def read_documents(files: list[str], text_key: str, skipped: Callable[[str], None] | None) -> Iterator[Document]:
     """All documents of `files` that are not blank; see `read_pieces`."""
     settings = BuildConfig(text_key=text_key, on_error="skip" if skipped else "stop")
+    report = None if skipped is None else lambda index, message: skipped(message)
     for file in files:
-        report = (lambda index, message: skipped(message)) if skipped else None
         for _, document in read_pieces(scan(file, settings, 1 << 62), settings, report):
             yield document
+
+
+def _broken(index: int, message: str, skipped: Skipped | None) -> None:
+    if skipped is None:
+        raise DataError(f"{message}, or set data.build.on_error=skip")
+    skipped(index, message)
 
 
 def _follows(piece: Piece, other: Piece) -> bool:
