@@ -199,7 +199,8 @@ class ShardWriter:
     def close_shard(self) -> None:
         if self.documents:
             path = self.directory / f"shard-{len(self.shards):05d}.tokens"
-            self.shards.append(write_shard(path, self.documents, self.vocab_size))
+            pieces = ((ids, np.array([len(ids)])) for ids in self.documents)
+            self.shards.append(write_shard(path, pieces, self.vocab_size))
             self.documents, self.num_tokens = [], 0
 
 

@@ -29,7 +29,6 @@ from data_pipeline.tokenizer import (
 )
 
 Batch = dict[str, torch.Tensor]
-VERIFY_BELOW_BYTES = 1 << 30  # smaller datasets are checksummed when opened: a second or less
 
 
 def open_stream(config: PretrainConfig, split: Literal["train", "validation"]) -> Stream:
@@ -39,8 +38,7 @@ def open_stream(config: PretrainConfig, split: Literal["train", "validation"]) -
     samples.
     """
     directory = Path(config.data.dir) / split
-    size = sum(file.stat().st_size for file in directory.glob("*.tokens"))
-    dataset = open_dataset(directory, verify=size < VERIFY_BELOW_BYTES)
+    dataset = open_dataset(directory)
     stream = Stream(config, dataset)
     if split == "train" and stream.num_samples < config.train.global_batch_size:
         raise ConfigError(

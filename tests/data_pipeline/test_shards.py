@@ -1,4 +1,4 @@
-"""The dataset directory: what is written is read back, and what was damaged is named."""
+"""The dataset directory: what is written is read back, and what was damaged is named and never returned."""
 
 from __future__ import annotations
 
@@ -8,15 +8,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.shards import DataError, open_dataset, read_manifest, token_dtype, write_manifest, write_shard
+from data_pipeline.shards import (
+    BLOCK_BYTES,
+    DataError,
+    open_dataset,
+    read_manifest,
+    token_dtype,
+    write_manifest,
+    write_shard,
+)
+
+
+def piece(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([np.array(document) for document in documents]), np.array([len(d) for d in documents])
 
 
 def write(directory: Path, shards: list[list[list[int]]], vocab_size: int = 1000) -> Path:
+    """Each shard in pieces of two documents."""
     directory.mkdir()
     entries = []
     for number, documents in enumerate(shards):
-        arrays = [np.array(document) for document in documents]
-        entries.append(write_shard(directory / f"shard-{number:05d}.tokens", arrays, vocab_size))
+        pieces = [piece(documents[first : first + 2]) for first in range(0, len(documents), 2)]
+        entries.append(write_shard(directory / f"shard-{number:05d}.tokens", pieces, vocab_size))
+    (directory / "tokenizer.json").write_text("{}")
     write_manifest(directory, entries, vocab_size, "tokenizer", "built from")
     return directory
 
@@ -26,10 +40,26 @@ def directory(tmp_path) -> Path:
     return write(tmp_path / "data", [[[1, 2, 3], [4]], [[5, 6], [7, 8, 9], [10]]])
 
 
+@pytest.fixture
+def large(tmp_path) -> Path:
+    """Two shards of many blocks; token i is i % 50_000."""
+    rows = [[[*range(30_000)], [*range(30_000, 50_000)]], [[*range(40_000)], [*range(40_000, 50_000)]]]
+    return write(tmp_path / "large", rows, 50_000)
+
+
 def error_of(directory: Path) -> str:
+    """What reading all of it says."""
     with pytest.raises(DataError) as caught:
-        open_dataset(directory)
+        data = open_dataset(directory)
+        data.tokens(0, data.num_tokens)
+        data.document_starts(0, data.num_tokens)
     return str(caught.value)
+
+
+def flip(file: Path, byte: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 1
+    file.write_bytes(content)
 
 
 def test_tokens_and_documents_of_all_shards_are_one_row(directory):
@@ -39,17 +69,35 @@ def test_tokens_and_documents_of_all_shards_are_one_row(directory):
     assert data.document_starts(0, 10).tolist() == [0, 3, 4, 6, 9]
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 0), (2, 5), (3, 4), (4, 4), (4, 10), (5, 6), (9, 10)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (2, 5), (3, 4), (4, 4), (4, 10), (5, 6), (9, 10), (10, 10)])
 def test_any_piece_is_that_piece_of_the_whole(directory, start, stop):
     data = open_dataset(directory)
-    if start < stop:
-        assert data.tokens(start, stop).tolist() == list(range(start + 1, stop + 1))
+    assert data.tokens(start, stop).tolist() == list(range(start + 1, stop + 1))
+    assert data.tokens(start, stop).dtype == np.uint16
     assert data.document_starts(start, stop).tolist() == [s for s in (0, 3, 4, 6, 9) if start <= s < stop]
 
 
-def test_piece_beyond_the_end_is_an_error(directory):
-    with pytest.raises(IndexError, match=r"tokens \[5, 11\) of a dataset of 10"):
-        open_dataset(directory).tokens(5, 11)
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_gathered_rows_and_their_documents_are_those_of_single_reads(directory, length):
+    data = open_dataset(directory)
+    starts = np.arange(0, 11 - length)
+    for _ in range(2):  # first touch, then again
+        assert data.gather(starts, length).tolist() == [data.tokens(s, s + length).tolist() for s in starts.tolist()]
+    expected = [(r, c - s) for r, s in enumerate(starts) for c in (0, 3, 4, 6, 9) if s <= c < s + length]
+    rows, columns = data.document_starts_many(starts, length)
+    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize(("start", "stop"), [(5, 11), (-1, 2)])
+def test_piece_beyond_the_ends_is_an_error(directory, start, stop):
+    data = open_dataset(directory)
+    expected = rf"tokens \[{start}, {stop}\) of a dataset of 10"
+    for read in (data.tokens, data.document_starts):
+        with pytest.raises(IndexError, match=expected):
+            read(start, stop)
+    for gather in (data.gather, data.document_starts_many):
+        with pytest.raises(IndexError, match=expected):
+            gather(np.array([0, start]), stop - start)
 
 
 def test_vocabulary_over_65536_is_stored_as_uint32_without_a_wrap(tmp_path):
@@ -60,9 +108,10 @@ def test_vocabulary_over_65536_is_stored_as_uint32_without_a_wrap(tmp_path):
     assert token_dtype(65_536) == np.uint16 and token_dtype(65_537) == np.uint32
 
 
-def test_id_outside_of_the_vocabulary_is_refused(tmp_path):
-    with pytest.raises(DataError, match="token id 1000 does not fit the vocabulary of 1000"):
-        write_shard(tmp_path / "s", [np.array([1000])], 1000)
+@pytest.mark.parametrize("token", [1000, -1])
+def test_id_outside_of_the_vocabulary_is_refused(tmp_path, token):
+    with pytest.raises(DataError, match=f"token id {token} does not fit the vocabulary of 1000"):
+        write_shard(tmp_path / "s", [piece([[1, token, 2]])], 1000)
     assert not list(tmp_path.iterdir())
 
 
@@ -70,20 +119,40 @@ def test_truncated_shard_is_named_with_both_sizes(directory):
     shard = directory / "shard-00001.tokens"
     shard.write_bytes(shard.read_bytes()[:-8])
     message = error_of(directory)
-    assert str(shard) in message and "32 bytes, the manifest says 40" in message and "truncated" in message
+    assert str(shard) in message and "40 bytes, the manifest says 48" in message and "truncated" in message
 
 
-def test_altered_shard_is_named(directory):
-    shard = directory / "shard-00000.tokens"
-    content = bytearray(shard.read_bytes())
-    content[2] ^= 1
-    shard.write_bytes(content)
-    assert f"{shard}: is damaged" in error_of(directory)
+def test_damaged_block_is_named_and_the_others_can_be_read(large):
+    flip(large / "shard-00001.tokens", 2 * BLOCK_BYTES + 5)
+    data = open_dataset(large)
+    first = 50_000 + 2 * BLOCK_BYTES // 2
+    assert data.tokens(0, first).tolist()[-10:] == [*range(first - 50_010, first - 50_000)]
+    for read in (lambda: data.tokens(first - 1, first + 1), lambda: data.gather(np.array([first - 1]), 2)):
+        with pytest.raises(DataError, match=r"shard-00001.tokens: is damaged between bytes 32768 and 49151; copy it"):
+            read()
+
+
+def test_damaged_document_ends_are_never_used(large):
+    flip(large / "shard-00000.tokens", 100_000 + 1)
+    data = open_dataset(large)
+    with pytest.raises(DataError, match=r"shard-00000.tokens: is damaged between bytes 98304 and 100015"):
+        data.document_starts(0, 10)
+
+
+def test_damaged_checksums_are_named(large):
+    flip(large / "shard-00000.tokens", -1)
+    assert "shard-00000.tokens: bytes 100016 to 100071 are damaged" in error_of(large)
 
 
 def test_missing_shard_is_named(directory):
     (directory / "shard-00001.tokens").unlink()
-    assert "shard-00001.tokens: is missing" in error_of(directory)
+    assert "shard-00001.tokens: cannot be read (No such file or directory)" in error_of(directory)
+
+
+def test_changed_tokenizer_is_named_when_opened(directory):
+    (directory / "tokenizer.json").write_text("[]")
+    with pytest.raises(DataError, match=r"tokenizer.json: is damaged or was changed after the build"):
+        open_dataset(directory)
 
 
 def test_directory_without_manifest_is_unfinished(directory):
@@ -95,10 +164,14 @@ def test_missing_directory_says_how_to_make_it(tmp_path):
     assert "millstream data build" in error_of(tmp_path / "nothing")
 
 
-def test_changed_manifest_is_noticed(directory):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"vocab_size": 1000', '"vocab_size": 1001'), ("built from", "built From"), ("\n}", "\n }"), ("\n}\n", "\n}")],
+)
+def test_changed_manifest_is_noticed(directory, old, new):
     file = directory / "manifest.json"
-    file.write_text(file.read_text().replace('"vocab_size": 1000', '"vocab_size": 1001'))
-    assert "was changed after the build" in error_of(directory)
+    file.write_text(file.read_text().replace(old, new))
+    assert "manifest.json: was changed after the build" in error_of(directory)
 
 
 def test_damaged_manifest_is_named(directory):
@@ -106,18 +179,30 @@ def test_damaged_manifest_is_named(directory):
     assert "manifest.json: is damaged" in error_of(directory)
 
 
-def test_shard_outside_of_the_directory_is_not_opened(directory):
-    outside = directory.parent / "outside.tokens"
-    outside.write_bytes((directory / "shard-00000.tokens").read_bytes())
-    manifest = read_manifest(directory)
-    manifest["shards"][0]["file"] = "../outside.tokens"
-    entries = manifest["shards"]
+def test_older_format_says_what_is_read(directory):
+    (directory / "manifest.json").write_text(json.dumps({"format": 1, "shards": []}))
+    assert "is of format 1, this version reads 2; build the dataset again" in error_of(directory)
+
+
+@pytest.mark.parametrize("name", ["../outside.tokens", "/etc/passwd", "..", "inside/shard.tokens"])
+def test_file_outside_of_the_directory_is_not_opened(directory, name):
+    entries = read_manifest(directory)["shards"]
+    entries[0]["file"] = name
     write_manifest(directory, entries, 1000, "tokenizer", "built from")
-    assert "outside of the directory" in error_of(directory)
+    assert f"names {name}, which is outside of the directory" in error_of(directory)
 
 
 def test_fingerprint_follows_content_and_not_place(directory, tmp_path):
     same = write(tmp_path / "same", [[[1, 2, 3], [4]], [[5, 6], [7, 8, 9], [10]]])
     other = write(tmp_path / "other", [[[1, 2, 3], [4]], [[5, 6], [7, 8, 9], [11]]])
-    prints = [json.loads((d / "manifest.json").read_text())["fingerprint"] for d in (directory, same, other)]
+    prints = [read_manifest(d)["fingerprint"] for d in (directory, same, other)]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_shard_is_the_same_however_it_is_cut_into_pieces(tmp_path):
+    documents = [[i] * (i % 900 + 1) for i in range(300)]
+    whole = write_shard(tmp_path / "whole", [piece(documents)], 1000)
+    cut = write_shard(tmp_path / "cut", (piece([document]) for document in documents), 1000)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "cut").read_bytes()
+    assert whole | {"file": ""} == cut | {"file": ""}
+    assert whole["bytes"] == (tmp_path / "whole").stat().st_size > 5 * BLOCK_BYTES
