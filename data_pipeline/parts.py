@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from configs.schema import CleanConfig, PretrainConfig
+from data_pipeline.shards import writing
 from data_pipeline.sources import Piece
 
 SMALLEST_PART_BYTES, LARGEST_PART_BYTES = 2 << 20, 256 << 20  # of text
@@ -97,8 +95,8 @@ class Plan:
                 for part in self.parts
             ],
         }
-        with writing(self.work / "plan.json") as aside:
-            aside.write_text(json.dumps(content), encoding="utf-8")
+        with writing(self.work / "plan.json") as file:
+            file.write(json.dumps(content).encode())
 
 
 @lru_cache(maxsize=1)
@@ -147,20 +145,3 @@ def runs(parts: list[Part], todo: list[int], num_workers: int) -> list[list[int]
         else:
             tasks.append([number])
     return tasks
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """`with writing(path) as aside`: what is written to the file `aside` appears at `path` complete, or never.
-
-    The name is this writer's own: of a killed build a worker on another machine may still be at work.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".writing-{uuid.uuid4().hex[:12]}-{path.name}")
-    try:
-        yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)

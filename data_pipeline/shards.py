@@ -376,8 +376,8 @@ def _wrong_size(file: str | Path, found: int, expected: int) -> str:
 
 
 def _fingerprint(manifest: dict[str, Any]) -> str:
-    """Of everything in the manifest but `built_from`, which names paths."""
-    content = {key: value for key, value in manifest.items() if key != "built_from"}
+    """Of the tokens and their tokenizer: not of `built_from` and of reports among `files`, which name paths."""
+    content = {key: value for key, value in manifest.items() if key not in ("built_from", "files")}
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 

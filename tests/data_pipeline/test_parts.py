@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.load import load_pretrain
-from data_pipeline.parts import Part, Plan, group, load_plan, piece_bytes, runs, writing
+from data_pipeline.parts import Part, Plan, group, load_plan, piece_bytes, runs
 from data_pipeline.sources import Piece
 
 sizes = st.lists(st.integers(0, 1000), max_size=60)
@@ -56,15 +55,3 @@ def test_plan_is_read_back_as_it_was(tmp_path):
     plan.save()
     load_plan.cache_clear()
     assert load_plan(tmp_path) == plan
-
-
-def test_a_file_appears_when_it_is_complete_or_never(tmp_path):
-    path = tmp_path / "folder" / "file"
-    with pytest.raises(RuntimeError), writing(path) as aside:
-        aside.write_text("half")
-        raise RuntimeError
-    assert list(path.parent.iterdir()) == []
-    with writing(path) as aside:
-        aside.write_text("whole")
-        assert not path.exists()
-    assert [file.name for file in path.parent.iterdir()] == ["file"] and path.read_text() == "whole"
