@@ -17,16 +17,9 @@ import torch
 from configs.deepspeed_json import accumulation_steps
 from configs.load import ConfigError
 from configs.schema import PretrainConfig
-from data_pipeline import mask, order, pack
+from data_pipeline import bert_rows, chance, mask, order, pack
 from data_pipeline.shards import DataError, Dataset, open_dataset
-from data_pipeline.tokenizer import (
-    continues_word,
-    ends_sentence,
-    fingerprint,
-    is_bert,
-    load_tokenizer,
-    ordinary_ids,
-)
+from data_pipeline.tokenizer import fingerprint, is_bert, load_tokenizer
 
 Batch = dict[str, torch.Tensor]
 
@@ -54,7 +47,7 @@ def open_stream(config: PretrainConfig, split: Literal["train", "validation"]) -
 
 
 class Stream:
-    """Batches out of one dataset, as dicts of tensors (see `gpt_sample` and `bert_sample` for their rows)."""
+    """Batches out of one dataset, as dicts of tensors: rows of `pack.pack_gpt` or `bert_rows.make_rows`."""
 
     def __init__(self, config: PretrainConfig, dataset: Dataset) -> None:
         self.config, self.dataset = config, dataset
@@ -73,19 +66,12 @@ class Stream:
                 f"model.architecture=bert needs a tokenizer with [PAD] [UNK] [CLS] [SEP] [MASK], which {dataset.path} "
                 f"does not have; build the dataset with data.build.tokenizer.type=wordpiece"
             )
-        if self.is_bert and (config.data.masking.unit == "span" or config.data.masking.pairs == "sop"):
-            raise ConfigError("data.masking: unit=span and pairs=sop are not there yet")
-        num_special = 3 if config.data.masking.pairs != "none" else 2
-        self.stride = self.seq_len - num_special if self.is_bert else self.seq_len
-        self.num_samples = (
-            dataset.num_tokens // self.stride if self.is_bert else (dataset.num_tokens - 1) // self.stride
-        )
         if self.is_bert:
-            ids = self.tokenizer.get_vocab()
-            self.cls_id, self.sep_id, self.mask_id = ids["[CLS]"], ids["[SEP]"], ids["[MASK]"]
-            self.ends_sentence = ends_sentence(self.tokenizer)
-            self.continues = continues_word(self.tokenizer) if config.data.masking.unit != "token" else None
-            self.ordinary_ids = ordinary_ids(self.tokenizer)
+            self.vocabulary = bert_rows.read_vocabulary(self.tokenizer)
+            self.stride = bert_rows.row_stride(config.data.masking, self.seq_len)
+            self.num_samples = dataset.num_tokens // self.stride
+        else:
+            self.stride, self.num_samples = self.seq_len, (dataset.num_tokens - 1) // self.seq_len
         self._ahead = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[list[Batch]]] | None = None
 
@@ -110,69 +96,40 @@ class Stream:
         chosen = order.sample_ids(0, self.dataset.fingerprint, 0, count, self.num_samples)
         for start in range(0, count, size * world_size):
             mine = chosen[start : start + size * world_size][rank::world_size]
-            rows = [self._row(int(sample), ("eval", int(sample))) for sample in mine]
-            filler = self._row(int(chosen[0]), ("eval", 0))
+            samples = np.concatenate([mine, np.repeat(chosen[:1], size - len(mine))])
+            rows = self._rows(samples, "eval", samples)
             for name in ("labels", "next_sentence_label"):
-                if name in filler:
-                    filler[name] = np.full_like(filler[name], mask.IGNORE_INDEX)
-            yield _stack(rows + [filler] * (size - len(rows)))
+                if name in rows:
+                    rows[name][len(mine) :] = mask.IGNORE_INDEX
+            yield self._batch(rows)
 
     def _make(self, step: int, rank: int, world_size: int) -> list[Batch]:
         train = self.config.train
-        share = train.global_batch_size // world_size
+        share, size = train.global_batch_size // world_size, train.micro_batch_size
         first = step * train.global_batch_size + rank * share
         samples = order.sample_ids(train.seed, self.dataset.fingerprint, first, share, self.num_samples)
-        rows = [self._row(int(sample), (first + i,)) for i, sample in enumerate(samples)]
-        return [_stack(rows[i : i + train.micro_batch_size]) for i in range(0, share, train.micro_batch_size)]
+        rows = self._rows(samples, "train", np.arange(first, first + share))
+        return [self._batch({name: rows[name][i : i + size] for name in rows}) for i in range(0, share, size)]
 
-    def _row(self, sample: int, draw: tuple[object, ...]) -> dict[str, np.ndarray]:
-        """One sample; `draw` names its place in the endless order, so that its random choices differ every epoch."""
+    def _rows(self, samples: np.ndarray, use: str, draws: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of the samples, stacked; `draws` (n,) are the row's places in the endless order of `use`.
+
+        A row's chances follow from its draw, so that they differ in every epoch.
+        """
         if not self.is_bert:
-            return self.gpt_sample(sample)
-        key = order.key(self.config.train.seed, self.dataset.fingerprint, *draw)
-        return self.bert_sample(sample, np.random.Generator(np.random.Philox(key)))
+            rows = [self.gpt_sample(sample) for sample in samples.tolist()]
+            return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        keys = chance.row_keys(order.key(self.config.train.seed, self.dataset.fingerprint, use), draws)
+        masking = self.config.data.masking
+        return bert_rows.make_rows(self.dataset, samples, keys, self.vocabulary, masking, self.seq_len)
+
+    def _batch(self, rows: dict[str, np.ndarray]) -> Batch:
+        if self.is_bert and self.config.data.unpad:
+            rows = bert_rows.unpad(rows)
+        return {name: torch.from_numpy(array) for name, array in rows.items()}
 
     def gpt_sample(self, sample: int) -> dict[str, np.ndarray]:
         """See `pack.pack_gpt`; each array is (seq_len,)."""
         start = sample * self.stride
         stop = start + self.seq_len + 1
         return pack.pack_gpt(self.dataset.tokens(start, stop), self.dataset.document_starts(start, stop) - start)
-
-    def bert_sample(self, sample: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """See `pack.pad_bert` and `mask.mask_tokens`; each array is (seq_len,), next_sentence_label is ()."""
-        masking = self.config.data.masking
-        row: dict[str, np.ndarray]
-        if masking.pairs == "nsp":
-            other = int(sample + 1 + rng.integers(max(1, self.num_samples - 1))) % self.num_samples
-            a, b, is_random = pack.next_sentence_pair(
-                *self._window(sample, 1), *self._window(other, 1), self.ends_sentence, self.stride, rng
-            )
-            row = pack.pad_bert([a, b], self.cls_id, self.sep_id, self.seq_len)
-            row["next_sentence_label"] = np.array(is_random, dtype=np.int64)
-        else:
-            tokens, starts = self._window(sample, 2)
-            tokens = tokens[pack.whole_sentences(tokens, starts, self.ends_sentence, self.stride)]
-            row = pack.pad_bert([tokens], self.cls_id, self.sep_id, self.seq_len)
-        ids, special = row["input_ids"], row.pop("special")
-        row["input_ids"], row["labels"] = mask.mask_tokens(
-            ids,
-            ~special,
-            None if self.continues is None else self.continues[ids],
-            probability=masking.probability,
-            mask_share=masking.mask_share,
-            random_share=masking.random_share,
-            mask_id=self.mask_id,
-            random_ids=self.ordinary_ids,
-            rng=rng,
-        )
-        return row
-
-    def _window(self, sample: int, strides: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of `strides` strides from the sample's first token on, and where documents start among them."""
-        start = sample * self.stride
-        stop = min(start + strides * self.stride, self.dataset.num_tokens)
-        return self.dataset.tokens(start, stop), self.dataset.document_starts(start, stop) - start
-
-
-def _stack(rows: list[dict[str, np.ndarray]]) -> Batch:
-    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

@@ -16,7 +16,13 @@ from data_pipeline import build
 from data_pipeline.shards import DataError
 from data_pipeline.stream import Stream, open_stream
 
-KINDS = ["gpt", "bert", "bert-no-nsp", "bert-whole-words"]
+BERT_KINDS = {
+    "bert-no-nsp": "data.masking.pairs=none",
+    "bert-sop": "data.masking.pairs=sop",
+    "bert-whole-words": "data.masking.unit=word",
+    "bert-spans": "data.masking.unit=span",
+}
+KINDS = ["gpt", "bert", *BERT_KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +48,7 @@ def settings(corpus: Path, kind: str, *overrides: str) -> PretrainConfig:
         f"    tokenizer: {{type: {'wordpiece' if architecture == 'bert' else 'byte_bpe'}, vocab_size: 300}}\n"
         "train: {seq_len: 32, global_batch_size: 8, micro_batch_size: 2}\n"
     )
-    extra = {"bert-no-nsp": "data.masking.pairs=none", "bert-whole-words": "data.masking.unit=word"}
-    return load_pretrain(config, [*([extra[kind]] if kind in extra else []), *overrides])
+    return load_pretrain(config, [*([BERT_KINDS[kind]] if kind in BERT_KINDS else []), *overrides])
 
 
 @pytest.fixture(params=KINDS)
@@ -91,10 +96,10 @@ def test_rows_are_well_formed(stream):
     assert ids.shape == labels.shape == (8, 32)
     assert int(ids.min()) >= 0 and int(ids.max()) < stream.vocab_size
     if stream.is_bert:
-        assert (ids[:, 0] == stream.cls_id).all()
+        assert (ids[:, 0] == stream.vocabulary.cls_id).all()
         real = batch["segment_ids"] == 1
         assert (labels[~real] == -100).all()
-        assert ((ids == stream.mask_id) <= (labels != -100)).all()
+        assert ((ids == stream.vocabulary.mask_id) <= (labels != -100)).all()
     else:
         same_document = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
         assert torch.equal(labels[:, :-1][same_document], ids[:, 1:][same_document])
@@ -104,7 +109,8 @@ def test_rows_are_well_formed(stream):
 def test_masking_differs_between_epochs_and_repeats_for_the_same_step(corpus):
     stream = open_stream(settings(corpus, "bert"), "train")
     sample = 3
-    first, again, later = (stream._row(sample, (draw,)) for draw in (5, 5, 5 + stream.num_samples))
+    draws = (5, 5, 5 + stream.num_samples)
+    first, again, later = (stream._rows(np.array([sample]), "train", np.array([draw])) for draw in draws)
     assert np.array_equal(first["input_ids"], again["input_ids"])
     assert not np.array_equal(first["labels"], later["labels"])
 
