@@ -58,7 +58,7 @@ def build(config: PretrainConfig, console: Console) -> None:
         """(split, text) of every document, in order."""
         found: Iterable[Document] = read_documents(files, settings.text_key, on_error)
         if settings.deduplicate.exact or settings.deduplicate.near:
-            found = drop_duplicates(found)
+            found = drop_duplicates(found, settings.deduplicate)
         yield from split(found, settings)
         for document in read_documents(held_out, settings.text_key, on_error):
             yield "validation", document.text
