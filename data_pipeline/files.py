@@ -12,10 +12,12 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import zstandard
 
-from data_pipeline.shards import DataError
+from data_pipeline import remote_sources
+from data_pipeline.errors import DataError
 
 BLOCK_BYTES = 1 << 18  # of content handed on at once; larger is no faster, it only falls out of the cache
 # Compressed bytes given to a decompressor at once. What comes out has no other limit: at worst a block of zstd turns 4
@@ -25,13 +27,20 @@ MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard", b"PAR1": "parque
 SUFFIX_OF = {"gzip": ".gz", "zstandard": ".zst", "parquet": ".parquet"}
 
 
+def name(file: str) -> str:
+    """What tells the format: the file itself, or the path of an address."""
+    return urlsplit(file).path if remote_sources.is_remote(file) else file
+
+
 def compression(file: str) -> str | None:
     """gzip, zstandard or None, by the file's name."""
-    return "gzip" if file.endswith(".gz") else "zstandard" if file.endswith(".zst") else None
+    return "gzip" if name(file).endswith(".gz") else "zstandard" if name(file).endswith(".zst") else None
 
 
 def open_raw(file: str) -> BinaryIO:
-    """Open a file for reading its bytes as they are."""
+    """Open a file for reading its bytes as they are; `seekable()` is false at an address that knows no ranges."""
+    if remote_sources.is_remote(file):
+        return io.BufferedReader(remote_sources.RemoteFile(file), BLOCK_BYTES)
     return open(file, "rb")
 
 
@@ -47,7 +56,7 @@ def blocks(file: str, at: int = 0) -> Iterator[tuple[int, bytes]]:
     Raises DataError for a compressed file that is damaged, cut off, or no compressed file at all.
     """
     with open_raw(file) as opened:
-        opened.seek(at)
+        _pass_over(opened, at)
         if compression(file) is None:
             while data := opened.read(BLOCK_BYTES):
                 if at == 0:
@@ -61,25 +70,38 @@ def blocks(file: str, at: int = 0) -> Iterator[tuple[int, bytes]]:
 def check_magic(file: str, head: bytes) -> None:
     """Raises DataError if a file that begins with `head` is of another kind than its name says."""
     found = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
-    if found and not file.endswith(SUFFIX_OF[found]):
+    if found and not name(file).endswith(SUFFIX_OF[found]):
         raise DataError(f"{file}: is a {found} file by its first bytes; rename it to end in {SUFFIX_OF[found]}")
 
 
 def size_of(file: str) -> int:
-    """Bytes on disk, of a folder of all files in it."""
+    """Bytes of the file as it lies there; of a folder, of all files in it; 0 if a server does not say."""
+    if remote_sources.is_remote(file):
+        return remote_sources.stamp(file)[0] or 0
     return sum(stat.st_size for stat in _stats(file))
 
 
 def stamp(file: str) -> str:
-    """What a change of the file would change: size and time of modification; of a folder, of all files in it."""
+    """What a change of the file would change: size and time of modification, or a server's mark of the version."""
+    if remote_sources.is_remote(file):
+        size, version = remote_sources.stamp(file)
+        return f"{size} bytes, version {version}"
     stats = _stats(file)
     newest = max((stat.st_mtime_ns for stat in stats), default=0)
     return f"{sum(stat.st_size for stat in stats)} bytes, modified at {newest / 1e9:.9f}"
 
 
 def _stats(file: str) -> list[os.stat_result]:
-    paths = sorted(path for path in Path(file).rglob("*") if path.is_file()) if os.path.isdir(file) else [Path(file)]
-    return [path.stat() for path in paths]
+    if os.path.isdir(file):
+        return [path.stat() for path in Path(file).rglob("*") if path.is_file()]
+    return [os.stat(file)]
+
+
+def _pass_over(opened: BinaryIO, num_bytes: int) -> None:
+    if opened.seekable():
+        opened.seek(num_bytes)
+    while num_bytes > 0 and not opened.seekable() and (data := opened.read(min(num_bytes, BLOCK_BYTES))):
+        num_bytes -= len(data)
 
 
 def _decompressed(file: str, opened: BinaryIO, at: int) -> Iterator[tuple[int, bytes]]:

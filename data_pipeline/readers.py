@@ -16,9 +16,10 @@ from operator import itemgetter
 import orjson
 
 from configs.schema import BuildConfig
+from data_pipeline.errors import DataError
 from data_pipeline.files import BLOCK_BYTES, blocks, check_magic, compression, open_raw
-from data_pipeline.shards import DataError
 
+DOCSTRINGS = "docstrings:"
 DOCSTRINGS_BYTES = 25_000_000  # about; known only after all installed packages were read
 
 
@@ -51,9 +52,9 @@ class Piece:
 
 def scan_lines(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
     """Pieces of at least `piece_bytes`. A compressed file is passed over, which also finds whether it is whole."""
-    if compression(file):
-        return _scan_by_reading(file, settings, piece_bytes)
     with open_raw(file) as opened:
+        if compression(file) or not opened.seekable():
+            return _scan_by_reading(file, settings, piece_bytes)
         check_magic(file, opened.read(4))
         size = opened.seek(0, os.SEEK_END)
         starts = [0] if size else []
@@ -100,7 +101,7 @@ def _scan_by_reading(file: str, settings: BuildConfig, piece_bytes: int) -> list
             line_start = position + last + 1
         position += len(block)
         if position - line_start > settings.max_document_bytes and settings.on_error == "stop":
-            raise DataError(f"{file}:{line}: {_too_long(settings)}, or set data.build.on_error=skip")
+            raise DataError(f"{file}:{line}: {too_long(settings)}, or set data.build.on_error=skip")
     close(position)
     return pieces
 
@@ -111,7 +112,7 @@ def read_lines(pieces: list[Piece], settings: BuildConfig) -> Batches:
         piece, offset, number = pieces[index], pieces[index].start, 0  # number: lines of the piece before this batch
         for lines, num_bytes in _split((block for _, block in group), settings.max_document_bytes):
             if not lines:
-                yield index, [f"{_place(piece, number, offset, settings.on_error)}: {_too_long(settings)}"]
+                yield index, [f"{_place(piece, number, offset, settings.on_error)}: {too_long(settings)}"]
                 offset, number = offset + num_bytes, number + 1
                 continue
             starts = list(accumulate([len(line) + 1 for line in lines], initial=offset))
@@ -231,7 +232,7 @@ def _place(piece: Piece, number: int, at: int, on_error: str) -> str:
     return f"{piece.file}:{first + number}"
 
 
-def _too_long(settings: BuildConfig) -> str:
+def too_long(settings: BuildConfig) -> str:
     return (
         f"is longer than data.build.max_document_bytes={settings.max_document_bytes}; "
         f"set it higher, cut or remove the document"
@@ -244,6 +245,8 @@ def _too_long(settings: BuildConfig) -> str:
 def scan_text(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
     """One piece: a text file is one document."""
     with open_raw(file) as opened:
+        if not opened.seekable():
+            return [Piece(file, 0, size, size) for size in [sum(len(block) for _, block in blocks(file))]]
         check_magic(file, opened.read(4))
         size = opened.seek(0, os.SEEK_END)
     return [Piece(file, 0, size, size)]
@@ -252,7 +255,7 @@ def scan_text(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]
 def read_text(pieces: list[Piece], settings: BuildConfig) -> Batches:
     file = pieces[0].file
     if pieces[0].stop > settings.max_document_bytes:
-        yield 0, [f"{file}: {_too_long(settings)}"]
+        yield 0, [f"{file}: {too_long(settings)}"]
         return
     with open_raw(file) as opened:
         content = opened.read()
@@ -263,73 +266,16 @@ def read_text(pieces: list[Piece], settings: BuildConfig) -> Batches:
         yield 0, [f"{file}:{line}: is not UTF-8 (byte 0x{content[error.start]:02x}); convert the file to UTF-8"]
 
 
-# ---- parquet and `datasets` on disk
-
-
-def scan_parquet(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
-    import pyarrow.parquet as parquet
-
-    opened = parquet.ParquetFile(file)
-    _check_column(file, settings.text_key, opened.schema_arrow)
-    return [Piece(file, 0, opened.metadata.num_rows, os.path.getsize(file))]
-
-
-def read_parquet(pieces: list[Piece], settings: BuildConfig) -> Batches:
-    import pyarrow.parquet as parquet
-
-    opened = parquet.ParquetFile(pieces[0].file)
-    row = 0
-    for batch in opened.iter_batches(columns=[settings.text_key], batch_size=1024):
-        documents = []
-        for value in batch.column(0).to_pylist():
-            row += 1
-            documents.append(Document(value or "", f"{pieces[0].file}: row {row}"))
-        yield 0, documents
-
-
-def _check_column(file: str, key: str, schema) -> None:
-    if key not in schema.names:
-        raise DataError(f"{file}: has no column `{key}` (found: {', '.join(schema.names)}); set data.build.text_key")
-
-
-def scan_datasets(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
-    loaded = _load_dataset(file, settings.text_key)
-    num_bytes = loaded.data.nbytes
-    rows = max(1, len(loaded) * piece_bytes // max(num_bytes, 1))
-    starts = range(0, len(loaded), rows)
-    each = num_bytes / max(len(loaded), 1)
-    ends = [min(start + rows, len(loaded)) for start in starts]
-    return [Piece(file, a, b, int((b - a) * each)) for a, b in zip(starts, ends, strict=True)]
-
-
-def read_datasets(pieces: list[Piece], settings: BuildConfig) -> Batches:
-    file = pieces[0].file
-    loaded = _load_dataset(file, settings.text_key)
-    for index, piece in enumerate(pieces):
-        for start in range(piece.start, piece.stop, 256):
-            values = loaded[start : min(start + 256, piece.stop)][settings.text_key]
-            yield index, [Document(v or "", f"{file}: row {row}") for row, v in enumerate(values, start + 1)]
-
-
-def _load_dataset(folder: str, key: str):
-    from datasets import DatasetDict, load_from_disk
-
-    loaded = load_from_disk(folder)
-    if isinstance(loaded, DatasetDict):
-        raise DataError(f"{folder}: holds several splits ({', '.join(loaded)}); name one of them: {folder}/SPLIT")
-    _check_column(folder, key, loaded.features.arrow_schema)
-    return loaded
-
-
 # ---- docstrings of the installed packages
 
 
 def scan_docstrings(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
+    """One piece: what is where is known only after all packages were read."""
     return [Piece(file, 0, 1, DOCSTRINGS_BYTES)]
 
 
 def read_docstrings(pieces: list[Piece], settings: BuildConfig) -> Batches:
-    from data_pipeline.docstrings import read_docstrings
+    from data_pipeline import docstrings
 
-    for text, place in read_docstrings():
+    for text, place in docstrings.read_docstrings():
         yield 0, [Document(text, place)]

@@ -10,68 +10,109 @@ A piece is what one process reads: its documents do not depend on how the file w
 from __future__ import annotations
 
 import glob
+import os
+import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from configs.schema import BuildConfig
-from data_pipeline import files as local
-from data_pipeline import readers
+from data_pipeline import files, readers, remote_sources, table_readers, warc_reader
+from data_pipeline.errors import DataError
 from data_pipeline.files import open_bytes
-from data_pipeline.readers import Document, Piece
-from data_pipeline.shards import DataError
+from data_pipeline.readers import DOCSTRINGS, Document, Piece
 
-__all__ = ["DOCSTRINGS", "Document", "Piece", "find_files", "open_bytes", "read_piece", "read_pieces", "scan", "stamp"]
+__all__ = [
+    "DOCSTRINGS",
+    "Document",
+    "Piece",
+    "Skipped",
+    "find_files",
+    "open_bytes",
+    "read_piece",
+    "read_pieces",
+    "refuse_repeated",
+    "scan",
+    "size_of",
+    "stamp",
+]
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-DOCSTRINGS = "docstrings:"
-Skipped = Callable[[int, str], None]  # told of a broken record: the index of its piece, what is wrong
-Skipped = Callable[[int, str], None]  # (index of the piece, what is wrong and where)
-READERS = {
-    "docstrings": (readers.scan_docstrings, readers.read_docstrings),
-    "lines": (readers.scan_lines, readers.read_lines),
-    "text": (readers.scan_text, readers.read_text),
-    "parquet": (readers.scan_parquet, readers.read_parquet),
-    "datasets": (readers.scan_datasets, readers.read_datasets),
+FORMATS = {  # ending of the name -> how to cut and how to read such a file
+    ".txt": (readers.scan_text, readers.read_text),
+    ".jsonl": (readers.scan_lines, readers.read_lines),
+    ".jsonl.gz": (readers.scan_lines, readers.read_lines),
+    ".jsonl.zst": (readers.scan_lines, readers.read_lines),
+    ".parquet": (table_readers.scan_parquet, table_readers.read_parquet),
+    ".warc": (warc_reader.scan_warc, warc_reader.read_warc),
+    ".warc.gz": (warc_reader.scan_warc, warc_reader.read_warc),
+    ".wet": (warc_reader.scan_warc, warc_reader.read_warc),
+    ".wet.gz": (warc_reader.scan_warc, warc_reader.read_warc),
 }
+SUFFIXES = tuple(FORMATS)
+KNOWN = ", ".join(SUFFIXES)
+Skipped = Callable[[int, str], None]  # told of a broken record: the index of its piece, what is wrong and where
 
 
 def find_files(sources: list[str]) -> list[str]:
-    """The files that `sources` (files, globs, folders, `docstrings:`) stand for. Raises DataError for one of none."""
+    """The files that `sources` stand for: files, folders, globs, addresses, `datasets` on disk, `docstrings:`.
+
+    Raises DataError for a source of nothing, for a file of an unknown kind, and for one that is found twice.
+    """
     if not sources:
         raise DataError("data.build.sources is empty; give files, for example data.build.sources=[corpus.jsonl]")
-    found = []
+    found: list[str] = []
     for source in sources:
         if source == DOCSTRINGS:
             found.append(source)
-            continue
-        matches = sorted(glob.glob(source, recursive=True)) or ([source] if Path(source).exists() else [])
-        if not matches:
-            raise DataError(f"data.build.sources: {source}: no such file or folder, and as a glob it matches nothing")
-        for match in matches:
-            found += _expand(Path(match))
+        elif remote_sources.is_remote(source):
+            matches = remote_sources.find(source, SUFFIXES)
+            found += _without_twins(source, [_known(match) for match in matches])
+        else:
+            found += _without_twins(source, _find_local(source))
+    refuse_repeated(found)
     return found
 
 
-def stamp(file: str) -> str:
-    """What a change of the file would change: its size and time of modification."""
-    return "" if file == DOCSTRINGS else local.stamp(file)
+def refuse_repeated(found: list[str]) -> None:
+    """Raises DataError if two of these files are the same one, by any name: its text would count twice."""
+    seen: dict[object, str] = {}
+    for file in found:
+        identity: object = file
+        if file != DOCSTRINGS and not remote_sources.is_remote(file):
+            with _naming(file):
+                status = os.stat(file)
+            identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            other = "named twice" if seen[identity] == file else f"the same file as {seen[identity]}"
+            raise DataError(
+                f"{file}: is {other} in data.build.sources; to repeat a text use data.mixture and its epochs"
+            )
+        seen[identity] = file
 
 
 def size_of(file: str) -> int:
-    """Bytes of the file or folder, for planning and progress."""
-    return readers.DOCSTRINGS_BYTES if file == DOCSTRINGS else local.size_of(file)
+    """Bytes of the file as it lies there, compressed or not; 0 if a server does not say."""
+    with _naming(file):
+        return readers.DOCSTRINGS_BYTES if file == DOCSTRINGS else files.size_of(file)
+
+
+def stamp(file: str) -> str:
+    """What a change of the file would change: size and time, at an address size and ETag. Empty for `docstrings:`."""
+    with _naming(file):
+        return "" if file == DOCSTRINGS else files.stamp(file)
 
 
 def scan(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
     """Cut `file` into pieces of about `piece_bytes` of text; none if it is empty.
 
-    Raises DataError if it cannot be read, is not what its name says, is damaged, or has not the text's column.
+    Compressed files are passed over once, others are touched at the cuts. Raises DataError if the file cannot be read,
+    is not what its name says, is damaged or cut off, or lacks the column `settings.text_key`.
     """
+    before = stamp(file)
     with _naming(file):
-        before = stamp(file)
-        pieces = READERS[_format(file)][0](file, settings, piece_bytes)
-        _check_unchanged(file, before)
+        pieces = _format(file)[0](file, settings, piece_bytes)
+    _refuse_changed(file, before)
     return [replace(piece, stamp=before) for piece in pieces]
 
 
@@ -85,87 +126,139 @@ def read_pieces(
 ) -> Iterator[tuple[int, Document]]:
     """(index of the piece, document) of all that are not blank; pieces of one file in order cost one pass over it.
 
-    A broken record raises DataError naming file and line, or, with `skipped`, is reported to it, with the index of its
-    piece, and passed over. A file that was changed since it was scanned raises DataError in any case.
+    A broken record raises DataError naming file and line, or, with `skipped`, is reported to it and passed over. A file
+    that was changed since it was scanned raises DataError in any case.
     """
     first = 0
     while first < len(pieces):
         last = first + 1
         while last < len(pieces) and _follows(pieces[last - 1], pieces[last]):
             last += 1
-        file, run = pieces[first].file, pieces[first:last]
-        with _naming(file):
-            _check_unchanged(file, run[0].stamp)
-            try:
-                for index, records in READERS[_format(file)][1](run, settings):
-                    for record in records:
-                        if isinstance(record, str):
-                            _broken(first + index, record, skipped)
-                        elif record.text and not record.text.isspace():
-                            yield first + index, record
-            except DataError:
-                _check_unchanged(file, run[0].stamp)  # if it was changed, that is the news
-                raise
-            _check_unchanged(file, run[0].stamp)
+        for index, record in _read_file(pieces[first:last], settings):
+            if isinstance(record, str):
+                if skipped is None:
+                    raise DataError(f"{record}, or set data.build.on_error=skip")
+                skipped(first + index, record)
+            elif record.text and not record.text.isspace():
+                yield first + index, record
         first = last
 
 
-def read_documents(files: list[str], text_key: str, skipped: Callable[[str], None] | None) -> Iterator[Document]:
-    """All documents of `files` that are not blank; see `read_pieces`."""
+def read_documents(found: list[str], text_key: str, skipped: Callable[[str], None] | None) -> Iterator[Document]:
+    """All documents of these files that are not blank; see `read_pieces`."""
     settings = BuildConfig(text_key=text_key, on_error="skip" if skipped else "stop")
     report = None if skipped is None else lambda index, message: skipped(message)
-    for file in files:
+    for file in found:
         for _, document in read_pieces(scan(file, settings, 1 << 62), settings, report):
             yield document
-
-
-def _broken(index: int, message: str, skipped: Skipped | None) -> None:
-    if skipped is None:
-        raise DataError(f"{message}, or set data.build.on_error=skip")
-    skipped(index, message)
 
 
 def _follows(piece: Piece, other: Piece) -> bool:
     return other.file == piece.file and other.start >= piece.stop
 
 
-def _check_unchanged(file: str, before: str) -> None:
+def _read_file(pieces: list[Piece], settings: BuildConfig) -> Iterator[tuple[int, readers.Record]]:
+    """The records of pieces of one file, which must be the file that was scanned before and after."""
+    file, before = pieces[0].file, pieces[0].stamp
+    _refuse_changed(file, before)
+    try:
+        with _naming(file):
+            for index, records in _format(file)[1](pieces, settings):
+                for record in records:
+                    yield index, record
+    except DataError:
+        _refuse_changed(file, before)  # then that is the reason
+        raise
+    _refuse_changed(file, before)
+
+
+def _refuse_changed(file: str, before: str) -> None:
     if before and (now := stamp(file)) != before:
-        raise DataError(f"{file}: was changed while it was read (it had {before}, now {now}); build again")
+        raise DataError(f"{file}: was changed during the build ({before}; now {now}); start the build again")
 
 
-class _naming:
-    """Turns errors of the system into a DataError that names the file."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, OSError):
-            raise DataError(f"{self.file}: cannot be read ({error.strerror or error})") from error
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Errors of the system become a DataError that names the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{file}: is not there (any more); put it back or change data.build.sources") from error
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
 
 
-def _format(file: str) -> str:
+def _format(file: str) -> tuple[Callable, Callable]:
     if file == DOCSTRINGS:
-        return "docstrings"
-    if file.endswith(".txt"):
-        return "text"
-    if file.endswith(".parquet"):
-        return "parquet"
-    return "datasets" if Path(file).is_dir() else "lines"
+        return readers.scan_docstrings, readers.read_docstrings
+    if _is_dataset(file):
+        return table_readers.scan_datasets, table_readers.read_datasets
+    return next(format for suffix, format in FORMATS.items() if files.name(file).endswith(suffix))
 
 
-def _expand(path: Path) -> list[str]:
-    if not path.is_dir():
-        if not path.name.endswith(SUFFIXES):
-            raise DataError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
-        return [str(path)]
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        return [str(path)]  # a `datasets` dataset saved to disk
-    inside = sorted(str(file) for file in path.rglob("*") if file.name.endswith(SUFFIXES))
-    if not inside:
-        raise DataError(f"{path}: holds no file of a known kind ({', '.join(SUFFIXES)})")
-    return inside
+def _is_dataset(folder: str) -> bool:
+    """Whether this is a dataset saved by `datasets`, with or without splits."""
+    names = ("dataset_info.json", "dataset_dict.json")
+    return not remote_sources.is_remote(folder) and any(os.path.exists(os.path.join(folder, name)) for name in names)
+
+
+def _find_local(source: str) -> list[str]:
+    # a file whose name looks like a glob is meant as itself
+    matches = [source] if os.path.lexists(source) else sorted(glob.glob(source, recursive=True))
+    if not matches:
+        raise DataError(f"data.build.sources: {source}: no such file or folder, and as a glob it matches nothing")
+    found = []
+    for match in matches:
+        if not os.path.isdir(match):
+            found.append(_regular(_known(match)))
+        elif _is_dataset(match):
+            found.append(match)
+        elif "**" not in source:  # a glob over all folders finds their files by itself
+            found += _inside(match)
+    return found
+
+
+def _known(file: str) -> str:
+    if not files.name(file).endswith(SUFFIXES):
+        raise DataError(f"{file}: unknown kind of file; known: {KNOWN}")
+    return file
+
+
+def _regular(file: str) -> str:
+    with _naming(file):
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise DataError(f"{file}: is a pipe, socket or device; only files can be read again, as a build must")
+    return file
+
+
+def _inside(folder: str) -> list[str]:
+    """Files of known kinds in a folder and those below it, through links to folders too, without hidden ones."""
+    found, visited = [], set()
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    for path, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(path)) in visited:
+            folders.clear()  # a link back
+        elif _is_dataset(path):
+            folders.clear()
+            found.append(path)
+        else:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            wanted = [name for name in names if name.endswith(SUFFIXES) and not name.startswith(".")]
+            found += [_regular(os.path.join(path, name)) for name in wanted]
+        visited.add(real)
+    if not found:
+        raise DataError(f"{folder}: holds no file of a known kind ({KNOWN})")
+    return sorted(found, key=lambda file: Path(file).parts)
+
+
+def _without_twins(source: str, found: list[str]) -> list[str]:
+    """`found`, unless it holds a file and its compressed copy, as zstd leaves them: the text would count twice."""
+    names = set(found)
+    for file in found:
+        for twin in (f"{file}.gz", f"{file}.zst"):
+            if twin in names:
+                raise DataError(f"{source}: holds both {file} and {twin}; remove one, or name what is to be read")
+    return found
