@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ def find(source: str, suffixes: tuple[str, ...]) -> list[str]:
         if _info(source) is None:
             raise DataError(f"{source}: there is nothing at this address; globs and folders need s3://")
         return [source]
-    fs = _filesystem(source)
+    fs = filesystem(source)
     if any(sign in source for sign in "*?["):
         found = attempt(source, lambda: fs.glob(source))
         if not found:
@@ -58,9 +58,13 @@ def stamp(url: str) -> tuple[int | None, str]:
     return info.get("size"), str(info.get("ETag") or info.get("LastModified") or info.get("Last-Modified") or "")
 
 
-def attempt(url: str, do: Callable[[], T]) -> T:
-    """do(), again after waits if it fails as networks fail. At the end DataError that names the address."""
-    for wait in (*WAITS_SECONDS, None):
+def attempt(url: str, do: Callable[[], T], waits: Sequence[float] | None = None) -> T:
+    """do(), again after `waits` (none: WAITS_SECONDS) if it fails as networks fail.
+
+    At the end DataError that names the address.
+    """
+    waits = WAITS_SECONDS if waits is None else waits
+    for wait in (*waits, None):
         try:
             return do()
         except Exception as error:  # aiohttp and botocore have hierarchies of their own
@@ -69,7 +73,7 @@ def attempt(url: str, do: Callable[[], T]) -> T:
             if _is_final(error):
                 raise DataError(f"{url}: cannot be read ({_said(error)}); check the address and your access") from error
             if wait is None:
-                tries = len(WAITS_SECONDS) + 1
+                tries = len(waits) + 1
                 raise DataError(f"{url}: cannot be read after {tries} attempts ({_said(error)}); try later") from error
             time.sleep(wait)
     raise AssertionError("not reached")
@@ -157,7 +161,7 @@ class RemoteFile(io.RawIOBase):
 
 def _open(url: str) -> Any:
     """fsspec's file: one that fetches ranges, or a stream (without a size) if the server does not know them."""
-    fs = _filesystem(url)
+    fs = filesystem(url)
     opened = fs.open(url, "rb", cache_type="none")
     if url.startswith("s3://") or opened.size is None:
         return opened
@@ -179,11 +183,12 @@ def _info(url: str) -> dict[str, Any] | None:
                 raise error.__cause__ from None  # fsspec calls every failure of http not found
             return None
 
-    fs = _filesystem(url)
+    fs = filesystem(url)
     return attempt(url, get)
 
 
-def _filesystem(url: str) -> Any:
+def filesystem(url: str) -> Any:
+    """fsspec's file system for an address, with bounded waits for an answer and no attempts of its own."""
     import fsspec
 
     if url.startswith("s3://"):
