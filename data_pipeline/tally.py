@@ -6,7 +6,7 @@ A tally is plain JSON, so that every part writes its own and the sum does not de
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 MAX_EXAMPLES = 3  # of each reason
@@ -48,7 +48,8 @@ class Tally:
                 self.show(key, example)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        counts = {"dropped": dict(self.dropped), "found": dict(self.found)}
+        return {"seen": self.seen, "changed": self.changed, **counts, "examples": self.examples}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Tally:
