@@ -17,12 +17,10 @@ a manifest a directory is unfinished and is not read.
 from __future__ import annotations
 
 import json
-import mmap
-import os
-import uuid
+import resource
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,24 +29,33 @@ import xxhash
 
 from configs.schema import CacheConfig
 from data_pipeline.errors import DataError
+from data_pipeline.mapped_shard import BLOCK_BYTES, TOKEN_SHIFT, MappedShard
+from data_pipeline.remote_sources import is_remote
+from data_pipeline.store import (
+    COPY_AGAIN,
+    WRITING,
+    Cache,
+    Folder,
+    check_file,
+    describe,
+    read_remote,
+    writing,
+)
 
 FORMAT = 2
-BLOCK_BYTES = 1 << 14  # one checksum: 0.05 % more bytes; a row of 1,024 tokens needs one or two blocks
 LARGEST_UINT16_VOCABULARY = 65_536
 WRITE_TOKENS = 1 << 20  # converted and written at once
-READ_BYTES = 1 << 22
-WRITING = ".writing-"  # how the names of unfinished files start
-AGAIN = "copy it again or build the dataset again"
+OTHER_OPEN_FILES = 1000  # that a process may want beside the shards
 
 
 class Dataset:
     """A finished dataset directory: its shards are one long row of tokens. Damaged data raises DataError, always.
 
-    `path` is a local folder with the tokenizer's files; `open_shard` opens the file of a manifest entry.
+    `path` is a local folder with the tokenizer's files and, unless the dataset is at an address, the shards.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], open_shard: Callable[[dict[str, Any]], BinaryIO]) -> None:
-        self.path, self.manifest, self._open_shard = path, manifest, open_shard
+    def __init__(self, manifest: dict[str, Any], store: Folder | Cache) -> None:
+        self.path, self.manifest, self._store = store.path, manifest, store
         self.num_tokens: int = manifest["tokens"]
         self.num_documents: int = manifest["documents"]
         self.vocab_size: int = manifest["vocab_size"]
@@ -56,30 +63,34 @@ class Dataset:
         self.tokenizer_fingerprint: str = manifest["tokenizer_fingerprint"]
         self.dtype = np.dtype(manifest["dtype"])
         self.shards: list[dict[str, Any]] = manifest["shards"]
-        counts = np.fromiter((shard["tokens"] for shard in self.shards), np.int64, len(self.shards))
-        self.shard_starts: list[int] = [0, *np.cumsum(counts).tolist()]  # first token of each shard, and num_tokens
-        self._mapped: list[MappedShard | None] = [None] * len(self.shards)
+        counts = [shard["tokens"] for shard in self.shards]
+        self.shard_starts: list[int] = [0, *accumulate(counts)]  # first token of each shard, and num_tokens
+        # One more: what is before the first shard (index -1) and after the last one stays None
+        self._mapped: list[MappedShard | None] = [None] * (len(counts) + 1)
+        _allow_open_files(len(counts))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop), (stop - start,), in `dtype`; a read-only view if they are in one shard."""
-        parts = [self._shard(shard).tokens_of(low, high) for shard, low, high in self._pieces(start, stop)]
+        parts = [self._shard(number).tokens_of(low, high) for number, low, high in self._pieces(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Row i is the tokens [starts[i], starts[i] + length): (n, length), in `dtype`. starts: (n,), integers."""
-        shard_starts, mapped = self.shard_starts, self._mapped
-        rows = np.empty((len(starts), length), self.dtype)
-        for row, start in enumerate(starts.tolist()):
+        shard_starts, mapped, shift = self.shard_starts, self._mapped, TOKEN_SHIFT[self.dtype.itemsize]
+        rows = [np.empty(0, self.dtype)]
+        for start in starts.tolist():
             number = bisect_right(shard_starts, start) - 1
             low = start - shard_starts[number]
-            shard = mapped[number] if 0 <= start < self.num_tokens else None
-            if shard is None or low + length > shard.num_tokens:  # first use, over a shard's end, or an error
-                rows[row] = self.tokens(start, start + length)
+            high = low + length
+            shard = mapped[number]
+            if shard is None or high > shard.num_tokens:  # first use, over a shard's end, or an error
+                rows.append(self.tokens(start, start + length))
                 continue
-            if not shard.is_checked(low, low + length):
-                shard.check(low, low + length)
-            rows[row] = shard.tokens[low : low + length]
-        return rows
+            if shard.checked.find(0, low >> shift, (high - 1 >> shift) + 1) >= 0:
+                shard.check(low, high)
+            shard.used = True
+            rows.append(shard.tokens[low:high])
+        return np.concatenate(rows).reshape(len(starts), length)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Indices in [start, stop) at which a document starts, int64, ascending."""
@@ -93,18 +104,63 @@ class Dataset:
 
         starts: (n,), integers. A document starts at column c of window r for each (r, c); ascending.
         """
-        found = [self.document_starts(start, start + length) - start for start in starts.tolist()]
-        rows = np.repeat(np.arange(len(found)), [len(columns) for columns in found])
-        return rows, np.concatenate([np.empty(0, np.int64), *found])
+        shard_starts, mapped = self.shard_starts, self._mapped
+        found, firsts = [np.empty(0, np.int64)], []  # within a shard; index of that shard's first token
+        for start in starts.tolist():
+            number = bisect_right(shard_starts, start) - 1
+            first = shard_starts[number]
+            low = start - first
+            shard = mapped[number]
+            if shard is None or low + length > shard.num_tokens:
+                found.append(self.document_starts(start, start + length))
+                firsts.append(0)
+            else:
+                found.append(shard.starts(low, low + length))
+                firsts.append(first)
+        counts = [len(columns) for columns in found[1:]]
+        rows = np.repeat(np.arange(len(starts)), counts)
+        return rows, np.concatenate(found) - (starts - np.array(firsts, np.int64))[rows]
+
+    def document(self, number: int) -> tuple[int, int]:
+        """First token of a document and the one after its last."""
+        within = number
+        for shard, entry in enumerate(self.shards):
+            if 0 <= within < entry["documents"]:
+                ends, first = self._shard(shard).checked_ends(), self.shard_starts[shard]
+                return first + (int(ends[within - 1]) if within else 0), first + int(ends[within])
+            within -= entry["documents"]
+        raise IndexError(f"a dataset of {self.num_documents} documents has no number {number}")
+
+    def document_lengths(self, shard: int) -> np.ndarray:
+        """Tokens of each document of a shard, (documents,) int64."""
+        return np.diff(self._shard(shard).checked_ends(), prepend=0)
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Begin to transfer these shards, the first ones first, as many at once as data.cache.prefetch_shards.
+
+        Does not wait, and passes over what is on its way: call it again and again with what will be needed next.
+        """
+        self._store.prefetch(self.shards[number] for number in shards)
 
     def _shard(self, number: int) -> MappedShard:
         shard = self._mapped[number]
         if shard is None:
+            if isinstance(self._store, Cache):
+                self._let_go(self._store)
             entry = self.shards[number]
-            with self._open_shard(entry) as file:
-                shard = MappedShard(file, entry, self.dtype)
+            with self._store.open(entry) as file:
+                shard = MappedShard(file, entry, self.dtype, self._store.remedy)
             self._mapped[number] = shard
+        shard.used = True
         return shard
+
+    def _let_go(self, cache: Cache) -> None:
+        """Unmap shards that were removed from the cache: their bytes stay on the disk as long as they are mapped."""
+        for number, shard in enumerate(self._mapped):
+            if shard is not None:
+                if not cache.is_current(shard.file, shard.inode, shard.used):
+                    self._mapped[number] = None
+                shard.used = False
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(shard, first, last + 1 within the shard) of every shard that [start, stop) touches."""
@@ -115,59 +171,6 @@ class Dataset:
             first, after = self.shard_starts[number], self.shard_starts[number + 1]
             yield number, max(start, first) - first, min(stop, after) - first
             number += 1
-
-
-class MappedShard:
-    """A shard file in memory; its blocks are compared with their checksums when they are first used."""
-
-    def __init__(self, file: BinaryIO, entry: dict[str, Any], dtype: np.dtype) -> None:
-        self.file = file.name
-        self.num_tokens: int = entry["tokens"]
-        size = os.fstat(file.fileno()).st_size
-        if size != entry["bytes"]:
-            raise DataError(_wrong_size(self.file, size, entry["bytes"]))
-        content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        ends_at, sums_at = _layout(entry, dtype.itemsize)
-        self.tokens = content[: self.num_tokens * dtype.itemsize].view(dtype)
-        self.ends = content[ends_at:sums_at].view(np.int64)  # uint64 in the file; none is so large
-        self.sums = content[sums_at:].view(np.uint64).data
-        self.body = content[:sums_at].data
-        self.checked = bytearray(len(self.sums))  # per block: 1 when it was found to be intact
-        self.shift = (BLOCK_BYTES // dtype.itemsize).bit_length() - 1  # token index >> shift: its block
-        self.ends_block = ends_at // BLOCK_BYTES  # the first one with document ends
-        if xxhash.xxh3_128_hexdigest(self.sums) != entry["sums_xxh3_128"]:
-            raise DataError(f"{self.file}: bytes {sums_at} to {size - 1} are damaged; {AGAIN}")
-
-    def tokens_of(self, low: int, high: int) -> np.ndarray:
-        """Tokens [low, high) of this shard; a view."""
-        self.check(low, high)
-        return self.tokens[low:high]
-
-    def starts(self, low: int, high: int) -> np.ndarray:
-        """Indices in [low, high) at which a document starts, int64; the first starts at 0, the others at ends."""
-        if self.checked.find(0, self.ends_block) >= 0:
-            self._check_blocks(self.ends_block, len(self.checked))
-        left, right = self.ends.searchsorted([low, high])
-        found = self.ends[left:right]
-        return found if low else np.concatenate([[0], found])
-
-    def is_checked(self, low: int, high: int) -> bool:
-        """Whether all blocks of the tokens [low, high) are known to be intact. high > low."""
-        return self.checked.find(0, low >> self.shift, (high - 1 >> self.shift) + 1) < 0
-
-    def check(self, low: int, high: int) -> None:
-        if high > low:
-            self._check_blocks(low >> self.shift, (high - 1 >> self.shift) + 1)
-
-    def _check_blocks(self, first: int, stop: int) -> None:
-        block = self.checked.find(0, first, stop)
-        while block >= 0:
-            start = block * BLOCK_BYTES
-            if xxhash.xxh3_64_intdigest(self.body[start : start + BLOCK_BYTES]) != self.sums[block]:
-                end = min(start + BLOCK_BYTES, len(self.body)) - 1
-                raise DataError(f"{self.file}: is damaged between bytes {start} and {end}; {AGAIN}")
-            self.checked[block] = 1
-            block = self.checked.find(0, block, stop)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -230,7 +233,7 @@ def write_manifest(
         "documents": sum(shard["documents"] for shard in shards),
         "tokens": sum(shard["tokens"] for shard in shards),
         "shards": shards,
-        "files": [_entry(path) for path in sorted(directory.iterdir()) if path.name not in names],
+        "files": [describe(path) for path in sorted(directory.iterdir()) if path.name not in names],
     }
     content["fingerprint"] = _fingerprint(content)
     text = json.dumps(content, indent=1).removesuffix("\n}").encode()
@@ -254,69 +257,71 @@ def parse_manifest(content: bytes, place: str) -> dict[str, Any]:
         manifest = json.loads(content)
         found = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{place}: is damaged ({error}); {AGAIN}") from error
+        raise DataError(f"{place}: is damaged ({error}); {COPY_AGAIN}") from error
     if found != FORMAT:
         raise DataError(f"{place}: is of format {found}, this version reads {FORMAT}; build the dataset again")
     text = content[: content.rfind(b",")]
     if content != text + _last_lines(text):
-        raise DataError(f"{place}: was changed after the build (its checksum does not fit); {AGAIN}")
+        raise DataError(f"{place}: was changed after the build (its checksum does not fit); {COPY_AGAIN}")
     for entry in manifest["shards"] + manifest["files"]:
         if "/" in entry["file"] or entry["file"] in ("", ".", ".."):
-            raise DataError(f"{place}: names {entry['file']}, which is outside of the directory; {AGAIN}")
+            raise DataError(f"{place}: names {entry['file']}, which is outside of the directory; {COPY_AGAIN}")
     return manifest
 
 
 def open_dataset(directory: str | Path, cache: CacheConfig | None = None) -> Dataset:
-    """Open a dataset directory; its shards are opened and checked when they are first used.
+    """Open a dataset directory, or one at an http(s):// or s3:// address through a cache (none: the default one).
 
-    Raises DataError for a damaged manifest or tokenizer, and later, naming the shard, when damaged data are asked for.
+    Its shards are opened, transferred and checked when they are first used. Raises DataError for a damaged manifest or
+    tokenizer, and later, naming the shard, when damaged data are asked for.
     """
-    directory = Path(directory)
-    manifest = read_manifest(directory)
+    store: Folder | Cache
+    if is_remote(str(directory)):
+        config, place = cache or CacheConfig(), f"{str(directory).rstrip('/')}/manifest.json"
+        content = read_remote(place, config)
+        manifest = parse_manifest(content, place)
+        store = Cache(str(directory), config, manifest["checksum"])
+        store.write_manifest(content)
+        for entry in manifest["files"]:
+            store.fetch(entry)
+    else:
+        store = Folder(Path(directory))
+        manifest = read_manifest(store.path)
     for entry in manifest["files"]:
-        check_file(directory / entry["file"], entry)
+        check_file(store.path / entry["file"], entry, store.remedy)
+    return Dataset(manifest, store)
 
-    def open_shard(entry: dict[str, Any]) -> BinaryIO:
+
+def verify_dataset(directory: Path, report: Callable[[int], None] | None = None) -> list[str]:
+    """Read every byte of a dataset directory; all faults, each naming the file, the bytes and what to do.
+
+    `report` gets the bytes read, piece by piece; together about as many as the directory has.
+    """
+    try:
+        manifest = read_manifest(directory)
+    except DataError as error:
+        return [str(error)]
+    dtype, faults = np.dtype(manifest["dtype"]), []
+    for entry in manifest["shards"] + manifest["files"]:
         try:
-            return (directory / entry["file"]).open("rb")
-        except OSError as error:
-            raise DataError(f"{directory / entry['file']}: cannot be read ({error.strerror}); {AGAIN}") from error
+            check_file(directory / entry["file"], entry, COPY_AGAIN, report)
+        except DataError as error:
+            where = _damaged_parts(directory, entry, dtype) if "tokens" in entry else []
+            faults += where or [str(error)]
+    expected = {entry["file"] for entry in manifest["shards"] + manifest["files"]} | {"manifest.json"}
+    for path in sorted(directory.iterdir()):
+        if path.name not in expected:
+            faults.append(f"{path}: is not in the manifest; remove it, it does not belong to the dataset")
+    return faults
 
-    return Dataset(directory, manifest, open_shard)
 
-
-def check_file(path: Path, entry: dict[str, Any]) -> None:
-    """Compare a whole file with its manifest entry. Raises DataError."""
+def _damaged_parts(directory: Path, entry: dict[str, Any], dtype: np.dtype) -> list[str]:
+    """Where a shard is damaged; one message that it cannot be told in more detail than the file if that is so."""
     try:
-        found = _entry(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from error
-    if found["bytes"] != entry["bytes"]:
-        raise DataError(_wrong_size(path, found["bytes"], entry["bytes"]))
-    if found["xxh3_128"] != entry["xxh3_128"]:
-        raise DataError(
-            f"{path}: is damaged or was changed after the build (xxh3_128 {found['xxh3_128']}, the manifest says "
-            f"{entry['xxh3_128']}); {AGAIN}"
-        )
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """`with writing(path) as file`: what is written to `file` appears at `path` complete and on disk, or never."""
-    aside = path.with_name(f"{WRITING}{uuid.uuid4().hex[:12]}-{path.name}")  # no other writer's
-    try:
-        with aside.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with Folder(directory).open(entry) as file:
+            return MappedShard(file, entry, dtype, COPY_AGAIN).faults()
+    except DataError as error:
+        return [str(error)]
 
 
 class _SummedFile:
@@ -349,30 +354,21 @@ class _SummedFile:
         self._block.reset()
 
 
+def _allow_open_files(num_shards: int) -> None:
+    """A mapping keeps its file open, and many systems allow 1,024 unless more are asked for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = num_shards + OTHER_OPEN_FILES
+    if soft < needed and soft != resource.RLIM_INFINITY:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard)
+        )
+
+
 def _checked_ids(ids: np.ndarray, vocab_size: int, path: Path) -> np.ndarray:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise DataError(f"{path}: token id {low if low < 0 else high} does not fit the vocabulary of {vocab_size}")
     return ids
-
-
-def _layout(entry: dict[str, Any], itemsize: int) -> tuple[int, int]:
-    """Where in its file a shard's document ends start, and where its checksums do, in bytes."""
-    ends_at = -(-entry["tokens"] * itemsize // 8) * 8
-    return ends_at, ends_at + 8 * entry["documents"]
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-            size += len(block)
-    return {"file": path.name, "bytes": size, "xxh3_128": digest.hexdigest()}
-
-
-def _wrong_size(file: str | Path, found: int, expected: int) -> str:
-    return f"{file}: has {found} bytes, the manifest says {expected}: it is truncated or was changed; {AGAIN}"
 
 
 def _fingerprint(manifest: dict[str, Any]) -> str:

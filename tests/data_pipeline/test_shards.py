@@ -141,7 +141,7 @@ def test_damaged_document_ends_are_never_used(large):
 
 def test_damaged_checksums_are_named(large):
     flip(large / "shard-00000.tokens", -1)
-    assert "shard-00000.tokens: bytes 100016 to 100071 are damaged" in error_of(large)
+    assert "shard-00000.tokens: is damaged between bytes 100016 and 100071" in error_of(large)
 
 
 def test_missing_shard_is_named(directory):
@@ -206,3 +206,11 @@ def test_shard_is_the_same_however_it_is_cut_into_pieces(tmp_path):
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "cut").read_bytes()
     assert whole | {"file": ""} == cut | {"file": ""}
     assert whole["bytes"] == (tmp_path / "whole").stat().st_size > 5 * BLOCK_BYTES
+
+
+def test_documents_are_found_by_their_number(directory):
+    data = open_dataset(directory)
+    assert [data.document(number) for number in range(5)] == [(0, 3), (3, 4), (4, 6), (6, 9), (9, 10)]
+    assert [data.document_lengths(shard).tolist() for shard in range(2)] == [[3, 1], [2, 3, 1]]
+    with pytest.raises(IndexError, match="a dataset of 5 documents has no number 5"):
+        data.document(5)
