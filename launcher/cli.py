@@ -6,15 +6,23 @@ It only starts things, so it imports nothing heavy: `--help` and `config` answer
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 USAGE = """\
 millstream: raw text in, a pretrained GPT or BERT out, fine-tuned for the task at hand
 
 usage: millstream VERB CONFIG [key=value ...]
 
-  data build CONFIG            raw text -> a dataset directory (data.dir)
+  data build CONFIG            raw text -> a dataset directory (data.dir); under mpirun on all of its ranks
+  data inspect DIR|CONFIG      sizes, lengths, samples; of a configuration also its mixture and packing
+  data head DIR                the first documents, decoded
+  data verify DIR              compare every byte with its checksum
+  data merge OUT DIR DIR ...   datasets of one tokenizer, one after the other, as one
+  data import FORMAT SRC OUT   a dataset of megatron or mds -> a dataset directory (tokenizer=DIR)
+  data export arrow DIR OUT    a dataset directory -> one that `datasets` loads
   pretrain CONFIG              train; goes on from the newest checkpoint of run_dir
   export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, output=DIR)
   finetune CONFIG              an exported directory -> a classifier
@@ -49,7 +57,11 @@ def dispatch(words: list[str]) -> int:
     words, num_ranks = take_ranks(words)
     match words:
         case ["data", "build", *rest] if rest:
-            return run_module("data_pipeline.build", rest)
+            return become_module("data_pipeline.build", rest)
+        case ["data", "inspect" | "head" | "verify", _, *_]:
+            return become_module("data_pipeline.show", words[1:])
+        case ["data", "merge" | "import" | "export", _, _, *_]:
+            return become_module("data_pipeline.exchange", words[1:])
         case ["pretrain", config, *overrides]:
             return start("pretrain.train", config, overrides, num_ranks)
         case ["finetune", config, *overrides]:
@@ -83,6 +95,11 @@ def start(module: str, config: str, overrides: list[str], num_ranks: int | None)
     num_ranks = num_ranks or default_num_ranks()
     logs = Path(loaded.run_dir) / "logs"
     return run_local(module, ["--config", config, *overrides], num_ranks, logs)
+
+
+def become_module(module: str, words: list[str]) -> NoReturn:
+    """Go on as `python -m module words`: MPI and signals then see one process, not two."""
+    os.execv(sys.executable, [sys.executable, "-m", module, *words])
 
 
 def run_module(module: str, words: list[str]) -> int:
