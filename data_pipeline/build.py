@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from configs.load import ConfigError, load_pretrain
 from configs.schema import BuildConfig, PretrainConfig
 from data_pipeline import tokenizer as tokenizers
-from data_pipeline.dedupe import drop_duplicates
+from data_pipeline.dedupe import KEPT, mask_duplicates
 from data_pipeline.shards import DataError, read_manifest, write_manifest, write_shard
 from data_pipeline.sources import DOCSTRINGS, Document, find_files, read_documents
 
@@ -58,7 +58,9 @@ def build(config: PretrainConfig, console: Console) -> None:
         """(split, text) of every document, in order."""
         found: Iterable[Document] = read_documents(files, settings.text_key, on_error)
         if settings.deduplicate.exact or settings.deduplicate.near:
-            found = drop_duplicates(found, settings.deduplicate)
+            found = list(found)
+            mask = mask_duplicates((document.text for document in found), settings.deduplicate)
+            found = [document for document, code in zip(found, mask, strict=True) if code == KEPT]
         yield from split(found, settings)
         for document in read_documents(held_out, settings.text_key, on_error):
             yield "validation", document.text

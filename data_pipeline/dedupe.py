@@ -38,7 +38,6 @@ import numpy as np
 from configs.schema import DedupeConfig
 from data_pipeline.minhash import choose_bands, estimated_similarity, signature_dtype, signatures
 from data_pipeline.shards import DataError
-from data_pipeline.sources import Document
 
 KEPT, EXACT, NEAR = 0, 1, 2  # what a mask says of a row; all but 0 are dropped
 GROUP_COMPARED = 32
@@ -50,6 +49,7 @@ NUM_EXAMPLES = 3
 BYTES_MATCHED = 16  # of a document in a bucket: key and number
 
 Kind = Literal["exact", "near"]
+CODES: dict[Kind, int] = {"exact": EXACT, "near": NEAR}
 Row = tuple[int, int]  # part, row within it
 Run = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]  # as the builtin `map`
 
@@ -113,14 +113,13 @@ def find_duplicates(
     """
     plan = _make_plan(files, config, work_dir, bucket_bytes)
     finished = work_dir / "result.json"
-    kinds: list[Kind] = ["exact", "near"] if config.near else ["exact"]  # equal words are near as well
     if not finished.is_file():
-        for kind in kinds:
+        for kind in _kinds(config):
             _finish(run(partial(_sort_slice, work_dir, kind), range(len(plan.slices))))
             num_buckets = plan.num_bands(kind) * plan.buckets_per_band()
             _finish(run(partial(_match_bucket, work_dir, kind), range(num_buckets)))
         _finish(run(partial(_write_masks, work_dir), range(len(plan.mask_groups()))))
-        result = {"dropped": _count(plan), "examples": {kind: _first_pairs(plan, kind) for kind in kinds}}
+        result = {"dropped": _count(plan), "examples": {kind: _first_pairs(plan, kind) for kind in _kinds(config)}}
         _write(finished, json.dumps(result).encode())
     for folder in ("keys", "pairs"):
         shutil.rmtree(work_dir / folder, ignore_errors=True)
@@ -130,18 +129,16 @@ def find_duplicates(
     return Duplicates(masks, result["dropped"]["exact"], result["dropped"]["near"], examples)
 
 
-def drop_duplicates(documents: Iterable[Document], config: DedupeConfig) -> list[Document]:
-    """The documents without those that `find_duplicates` would drop; for what fits into memory."""
-    documents = list(documents)
-    rows = signatures((document.text for document in documents), config)
-    dropped = np.zeros(len(rows), dtype=bool)
-    kinds: list[Kind] = ["exact", "near"] if config.near else ["exact"]
-    for kind in kinds:
-        left = np.flatnonzero(~dropped)
+def mask_duplicates(texts: Iterable[str], config: DedupeConfig) -> np.ndarray:
+    """The mask that `find_duplicates` would give, (texts,) uint8; in memory, 272 bytes a text and 8 more a band."""
+    rows = signatures(texts, config)
+    mask = np.full(len(rows), KEPT, dtype=np.uint8)
+    for kind in _kinds(config):
+        left = np.flatnonzero(mask == KEPT)
         same = partial(_same_in_memory, rows, kind, config)
         for keys in _keys(rows[left], kind, config):
-            dropped[match(keys, left, 0, same)[0][0]] = True
-    return [document for document, gone in zip(documents, dropped.tolist(), strict=True) if not gone]
+            mask[match(keys, left, 0, same)[0][0]] = CODES[kind]
+    return mask
 
 
 def match(
@@ -149,14 +146,18 @@ def match(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compare each document with the first GROUP_COMPARED ones of its key.
 
-    keys (n,) uint64; numbers (n,) int64 of the documents, ascending among those of one key; the first num_known of
-    them were compared before. same(later, earlier), both numbers (pairs,), says which pairs are duplicates, bool.
-    Returns the pairs found, (2, found) int64, each document in one pair at most, with the first that it equals; and
-    the indices of what must be known when more documents are compared.
+    keys (n,) uint64; numbers (n,) int64 of the documents; the first num_known were compared before and are earlier than
+    the others. same(later, earlier), both numbers (pairs,), says which pairs are duplicates, bool. Returns the pairs
+    found, (2, found) int64, each document in one pair at most, with the first that it equals; and the indices of what
+    must be known when more documents are compared.
     """
-    order = np.argsort(keys, kind="stable")
+    order = np.argsort(keys)  # the fast sort is not stable: groups are put in order after it
     in_order = keys[order]
     repeated = np.flatnonzero(in_order[1:] == in_order[:-1]) + 1  # all but the first of each group
+    grouped = np.zeros(len(keys), dtype=bool)
+    grouped[repeated] = grouped[repeated - 1] = True
+    members = np.flatnonzero(grouped)
+    order[members] = order[members][np.lexsort([numbers[order[members]], in_order[members]])]
     group_starts = np.flatnonzero(np.diff(repeated, prepend=-1) != 1)  # neighbours are of one group
     sizes = np.diff(group_starts, append=len(repeated))
     firsts = np.repeat(repeated[group_starts] - 1, sizes)
@@ -172,6 +173,10 @@ def match(
         rest = ~equal & (ranks > place + 1)
         later, firsts, ranks = later[rest], firsts[rest], ranks[rest]
     return np.concatenate(pairs, axis=1), known
+
+
+def _kinds(config: DedupeConfig) -> list[Kind]:
+    return ["exact", "near"] if config.near else ["exact"]  # what has equal words is near as well
 
 
 def _keys(rows: np.ndarray, kind: Kind, config: DedupeConfig) -> np.ndarray:
@@ -219,7 +224,7 @@ def _sort_slice(work_dir: Path, kind: Kind, index: int) -> None:
             left[dropped - piece.number] = False
     rows = np.flatnonzero(left)
     keys = _keys(_open_slice(plan, piece)[rows], kind, plan.config)
-    order = np.argsort(keys, axis=1, kind="stable")
+    order = np.argsort(keys, axis=1)
     _write(key_path, np.take_along_axis(keys, order, axis=1))
     _write(row_path, rows.astype(np.uint32)[order])  # last: it says that both are there
 
@@ -250,11 +255,9 @@ def _write_masks(work_dir: Path, group: int) -> None:
         return
     start, end = plan.part_starts[first], plan.part_starts[stop]
     mask = np.full(end - start, KEPT, dtype=np.uint8)
-    for dropped in _dropped_between(plan, "exact", start, end):
-        mask[dropped - start] = EXACT
-    if plan.config.near:
-        for dropped in _dropped_between(plan, "near", start, end):
-            mask[dropped - start] = NEAR
+    for kind in _kinds(plan.config):
+        for dropped in _dropped_between(plan, kind, start, end):
+            mask[dropped - start] = CODES[kind]
     for part in range(first, stop):
         content = io.BytesIO()
         np.save(content, mask[plan.part_starts[part] - start : plan.part_starts[part + 1] - start])
@@ -328,7 +331,7 @@ def _read_rows(plan: Plan, numbers: np.ndarray) -> np.ndarray:
 
 
 def _read_bucket(plan: Plan, kind: Kind, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(keys, document numbers) of a bucket, documents ascending; at once, but if one key is too frequent in pieces."""
+    """(keys, document numbers) of a bucket; at once or, where one key is too frequent, in several pieces."""
     num_bands, per_band = plan.num_bands(kind), plan.buckets_per_band()
     band, place = divmod(bucket, per_band)
     bounds = np.array([place * 2**64 // per_band, min((place + 1) * 2**64 // per_band, 2**64 - 1)], dtype=np.uint64)

@@ -25,7 +25,7 @@ from pathlib import Path
 import xxhash
 
 from configs.schema import DedupeConfig
-from data_pipeline.dedupe import drop_duplicates
+from data_pipeline.dedupe import KEPT, mask_duplicates
 from data_pipeline.sources import Document
 
 NUM_LABELS = 10  # the packages with the most docstrings; Python's own library is one
@@ -70,7 +70,8 @@ def write_corpus_and_task(directory: Path) -> dict[str, int]:
     equally many examples of each label, and the names of all packages are masked in it.
     """
     documents = [Document(text, label) for text, _, label in _all_docstrings()]
-    kept = drop_duplicates(documents, DedupeConfig(exact=True, near=True))
+    mask = mask_duplicates((document.text for document in documents), DedupeConfig(exact=True, near=True))
+    kept = [document for document, code in zip(documents, mask, strict=True) if code == KEPT]
     task = [document for document in kept if _is_for_task(document.text)]
     corpus = [document.text for document in kept if not _is_for_task(document.text)] + list(_pydoc_topics().values())
     labels = [label for label, _ in Counter(document.place for document in task).most_common(NUM_LABELS)]

@@ -115,10 +115,13 @@ class Bands:
 
     def keys(self, values: np.ndarray) -> np.ndarray:
         """The bands of `values` (documents, NUM_VALUES) uint8 as well mixed numbers, (num_bands, documents) uint64."""
-        packed = np.zeros((self.num_bands, len(values), 8), dtype=np.uint8)
-        bands = values[:, : self.num_bands * self.rows].reshape(len(values), self.num_bands, self.rows)
-        packed[:, :, : self.rows] = bands.transpose(1, 0, 2)
-        return _mix(_mix(packed.view("<u8")[:, :, 0], 0), 1)
+        keys = np.empty((self.num_bands, len(values)), dtype=np.uint64)
+        for start in range(0, len(values), 4096):  # what fits into the second-level cache
+            bands = values[start : start + 4096, : self.num_bands * self.rows]
+            packed = np.zeros((len(bands), self.num_bands, 8), dtype=np.uint8)
+            packed[:, :, : self.rows] = bands.reshape(len(bands), self.num_bands, self.rows)
+            keys[:, start : start + 4096] = _mix(packed.view("<u8")[:, :, 0], 0).T
+        return keys
 
 
 def choose_bands(similarity: float) -> Bands:
