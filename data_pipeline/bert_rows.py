@@ -90,13 +90,16 @@ def make_rows(
 def unpad(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The n rows as one without padding (MosaicBERT, Portes et al. 2023; ModernBERT, Warner et al. 2024).
 
-    The arrays (n, seq_len) become (1, total), the real tokens of all rows one after the other, and segment_ids become
-    cu_seqlens (n + 1,) int32: row i is [cu_seqlens[i], cu_seqlens[i + 1]). next_sentence_label stays (n,).
+    Arrays (n, seq_len) become (1, total), the real tokens of all rows one after the other, the longest row first, so
+    that attention finds rows of like length side by side. cu_seqlens, (n + 1,) int32, takes the place of segment_ids:
+    row i is [cu_seqlens[i], cu_seqlens[i + 1]). next_sentence_label stays (n,), in the new order.
     """
-    real = rows["segment_ids"] > 0
+    lengths = np.count_nonzero(rows["segment_ids"], axis=1)
+    order = np.argsort(-lengths, kind="stable")
+    rows = {name: array[order] for name, array in rows.items()}
+    real = rows.pop("segment_ids") > 0
     flat = {name: array[real][None] if array.ndim == 2 else array for name, array in rows.items()}
-    del flat["segment_ids"]
-    return {**flat, "cu_seqlens": np.concatenate([[0], np.cumsum(real.sum(1))]).astype(np.int32)}
+    return {**flat, "cu_seqlens": np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int32)}
 
 
 def _sentences(

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.kernels.attention import sequence_blocks
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
-from pretrain.models.layers import MLP, Attention, Bias, Embedding, Linear, attention_mask
+from pretrain.models.layers import MLP, Attention, Bias, Embedding, Linear, Visible, attention_mask
 
 NORM_EPS = 1e-12
 PADDING_ID = 0  # of [PAD], in the published vocabularies and in those trained here
@@ -50,7 +51,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(shape.hidden_size, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: Visible) -> torch.Tensor:
         x = self.attention_norm(x + self.dropout(self.attention(x, mask)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
@@ -92,15 +93,20 @@ class Bert(nn.Module):
         token_type_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         next_sentence_label: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | dict[str, torch.Tensor]:
         """Inputs are (batch, seq), int64 (segment_ids: int32); next_sentence_label is (batch,), 0 is "next".
 
         Without labels: MLM logits (batch, seq, vocab) and NSP logits (batch, 2). With labels (-100 is no target):
         {"mlm": sum of cross entropies over the targets, "nsp": the same over next_sentence_label}, fp32 scalars. Only
         the masked positions, about 15 %, go through the MLM head.
+
+        With cu_seqlens (batch + 1,) int32 the inputs are (1, total), samples of any lengths one after the other: sample
+        i is [cu_seqlens[i], cu_seqlens[i + 1]), sees only itself, and position_ids restart with it.
         """
-        x = self.encode(input_ids, segment_ids, position_ids, token_type_ids)
-        pooled = torch.tanh(self.pooler(x[:, 0]))
+        x = self.encode(input_ids, segment_ids, position_ids, token_type_ids, cu_seqlens)
+        first = x[:, 0] if cu_seqlens is None else x[0, cu_seqlens[:-1]]  # (batch, hidden), of each sample's [CLS]
+        pooled = torch.tanh(self.pooler(first))
         if labels is None:
             hidden = self.mlm_hidden(x)
             return hidden @ self.word_embeddings.weight.t() + self.mlm_output.bias, self.nsp_output(pooled)
@@ -119,13 +125,18 @@ class Bert(nn.Module):
         segment_ids: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         token_type_ids: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states of the last block, (batch, seq, hidden)."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        mask = attention_mask(segment_ids, causal=False)
+        mask: Visible
+        if cu_seqlens is None:
+            mask = attention_mask(segment_ids, causal=False)
+        else:
+            mask = sequence_blocks(cu_seqlens, self.shape.num_heads)
         x = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
         x = self.dropout(self.embedding_norm(x + self.token_type_embeddings(token_type_ids)))
         for block in self.blocks:

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.kernels.attention import attention
+from pretrain.kernels.attention import SequenceBlock, attention, varlen_attention
+
+# Who may look at whom: an `attention_mask`, None for everybody (or all earlier ones), or the sequences of one long row.
+Visible = torch.Tensor | list[SequenceBlock] | None
 
 
 class Linear(nn.Linear):
@@ -68,12 +71,16 @@ class Attention(nn.Module):
         self.qkv = Linear(hidden_size, 3 * hidden_size, std)
         self.output = Linear(hidden_size, hidden_size, output_std)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: Visible) -> torch.Tensor:
         batch, seq, hidden_size = x.shape
         qkv = self.qkv(x).view(batch, seq, 3, self.num_heads, hidden_size // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, seq, head_dim)
-        mixed = attention(q, k, v, mask, self.causal, self.dropout if self.training else 0.0)
-        return self.output(mixed.transpose(1, 2).reshape(batch, seq, hidden_size))
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(mask, list):  # one long row of sequences
+            mixed = varlen_attention(qkv.flatten(0, 1), mask, self.causal, dropout)  # (seq, heads, head_dim)
+        else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, seq, head_dim)
+            mixed = attention(q, k, v, mask, self.causal, dropout).transpose(1, 2)
+        return self.output(mixed.reshape(batch, seq, hidden_size))
 
 
 class MLP(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain.kernels import attention as kernel
-from pretrain.kernels.attention import attention
+from pretrain.kernels.attention import attention, sequence_blocks, varlen_attention
 
 
 def reference(q, k, v, mask, causal):
@@ -62,3 +62,48 @@ def test_dropout_zeroes_that_share_and_keeps_the_mean():
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
     assert dropped.std().item() > 0.01
     assert torch.equal(attention(q, q, v).float(), torch.ones_like(dropped))
+
+
+def boundaries(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[9], [12, 12, 12, 7, 5, 5, 1], [1, 30, 2, 2, 17], [3, 3]], ids=str)
+def test_each_sequence_of_a_long_row_gets_its_own_attention(dtype, causal, lengths, monkeypatch):
+    monkeypatch.setattr(kernel, "BLOCK_SCORES", 3 * 2 * 12**2)  # blocks of one, of equal and of unequal lengths
+    torch.manual_seed(0)
+    total = sum(lengths)
+    ours = torch.randn(total, 3, 3, 8).to(dtype).requires_grad_()
+    exact = ours.detach().double().requires_grad_()
+    weights = torch.randn(total, 3, 8)
+    parts = [part.permute(1, 2, 0, 3) for part in exact.split(lengths)]  # each (3, heads, length, head_dim)
+    expected = torch.cat([reference(*part, None, causal).transpose(0, 1) for part in parts])
+    (expected * weights).sum().backward()
+    blocks = sequence_blocks(boundaries(lengths), num_heads=3)
+    output = varlen_attention(ours, blocks, causal)
+    (output * weights).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, atol=2 * tolerance, rtol=tolerance)
+
+
+def test_block_of_sequences_holds_no_more_scores_than_allowed_but_for_one_long_sequence(monkeypatch):
+    monkeypatch.setattr(kernel, "BLOCK_SCORES", 2 * 4 * 10**2)
+    blocks = sequence_blocks(boundaries([50, 10, 10, 10, 9, 8, 2, 2]), num_heads=2)
+    shapes = [(block.num_sequences, block.longest) for block in blocks]
+    assert shapes == [(1, 50), (4, 10), (3, 8)]
+    assert [block.mask is None for block in blocks] == [True, False, False]
+
+
+def test_dropout_of_a_long_row_zeroes_that_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    lengths = [64] * 4 + [48, 40]
+    qkv = torch.zeros(sum(lengths), 3, 4, 8)
+    qkv[:, 2] = 1.0
+    blocks = sequence_blocks(boundaries(lengths), num_heads=4)
+    dropped = varlen_attention(qkv, blocks, dropout=0.25)
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert dropped.std().item() > 0.01

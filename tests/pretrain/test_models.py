@@ -12,10 +12,12 @@ from transformers import BertConfig, BertForPreTraining, GPT2Config, GPT2LMHeadM
 
 from configs.load import ConfigError
 from configs.schema import ModelConfig
+from data_pipeline import bert_rows
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX
 from pretrain.models import build_model, gpt, hf
 from pretrain.models.bert import Bert
 from pretrain.models.gpt import GPT
+from pretrain.objective import count_targets
 
 GPT_CASES = [dict(n_layer=2, n_embd=48, n_head=3, vocab_size=97), dict(n_layer=3, n_embd=32, n_head=1, n_inner=40)]
 BERT_CASES = [
@@ -159,6 +161,55 @@ def test_packed_row_has_the_loss_and_gradients_of_one_document_a_row():
     torch.testing.assert_close(packed, apart, atol=1e-5, rtol=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_batch_without_padding_has_the_loss_and_gradients_of_the_padded_one(recompute):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        architecture="bert", num_layers=2, hidden_size=32, num_heads=2, activation_checkpointing=recompute
+    )
+    model = build_model(config, 61, 24).train()
+    lengths = torch.tensor([[5], [24], [17], [24], [2]])
+    real = torch.arange(24) < lengths
+    tokens, types = ids(60, 5, 24) + 1, (torch.arange(24) >= lengths // 2).long()
+    labels = torch.where((ids(3, 5, 24) == 0) & real, tokens, IGNORE_INDEX)
+    padded = {
+        "input_ids": torch.where(real, tokens, 0),
+        "segment_ids": real.int(),
+        "position_ids": torch.arange(24).expand(5, 24),
+        "token_type_ids": torch.where(real, types, 0),
+        "labels": labels,
+        "next_sentence_label": torch.tensor([0, 1, IGNORE_INDEX, 1, 0]),
+    }
+    flat = bert_rows.unpad({name: tensor.numpy() for name, tensor in padded.items()})
+    unpadded = {name: torch.from_numpy(array) for name, array in flat.items()}
+    assert unpadded["input_ids"].shape == (1, int(lengths.sum()))
+    assert count_targets([unpadded]) == count_targets([padded])
+    grads = []
+    for batch in (padded, unpadded):
+        model.zero_grad()
+        sums = model(**batch)
+        (sums["mlm"] + sums["nsp"]).backward()
+        grads.append((sums, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    for name, loss in grads[0][0].items():
+        torch.testing.assert_close(grads[1][0][name], loss, atol=1e-5, rtol=1e-5)
+    for name, gradient in grads[0][1].items():
+        torch.testing.assert_close(grads[1][1][name], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
+
+
+def test_bert_of_a_long_row_gives_each_sample_its_own_logits():
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(architecture="bert"), 61, 16).eval()
+    samples = [ids(61, n)[None] for n in (16, 9, 3)]
+    ends = torch.tensor([0, 16, 25, 28]).int()
+    positions = torch.cat([torch.arange(n) for n in (16, 9, 3)])[None]
+    words, sentences = model(torch.cat(samples, 1), position_ids=positions, cu_seqlens=ends)
+    for number, sample in enumerate(samples):
+        expected_words, expected_sentence = model(sample)
+        start, stop = ends[number : number + 2].tolist()
+        torch.testing.assert_close(words[:, start:stop], expected_words, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sentences[number], expected_sentence[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["gpt", "bert"])
