@@ -88,7 +88,7 @@ def stamp(file: str) -> str:
         return f"{size} bytes, version {version}"
     stats = _stats(file)
     newest = max((stat.st_mtime_ns for stat in stats), default=0)
-    return f"{sum(stat.st_size for stat in stats)} bytes, modified at {newest / 1e9:.9f}"
+    return f"{sum(stat.st_size for stat in stats)} bytes, modified at {newest // 10**9}.{newest % 10**9:09d}"
 
 
 def _stats(file: str) -> list[os.stat_result]:

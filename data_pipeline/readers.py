@@ -52,8 +52,10 @@ class Piece:
 
 def scan_lines(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]:
     """Pieces of at least `piece_bytes`. A compressed file is passed over, which also finds whether it is whole."""
+    if compression(file):
+        return _scan_by_reading(file, settings, piece_bytes)
     with open_raw(file) as opened:
-        if compression(file) or not opened.seekable():
+        if not opened.seekable():
             return _scan_by_reading(file, settings, piece_bytes)
         check_magic(file, opened.read(4))
         size = opened.seek(0, os.SEEK_END)

@@ -129,6 +129,7 @@ def read_pieces(
     A broken record raises DataError naming file and line, or, with `skipped`, is reported to it and passed over. A file
     that was changed since it was scanned raises DataError in any case.
     """
+    settings = settings.model_copy(update={"on_error": "stop" if skipped is None else "skip"})
     first = 0
     while first < len(pieces):
         last = first + 1
