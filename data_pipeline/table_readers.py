@@ -114,8 +114,8 @@ def _load_dataset(folder: str, key: str) -> Any:
 
     try:
         loaded = load_from_disk(folder)
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise DataError(f"{folder}: is not a whole dataset of `datasets` ({error}); save it again") from error
+    except (ValueError, KeyError, IndexError, FileNotFoundError) as error:
+        raise DataError(f"{folder}: is empty or no whole dataset of `datasets` ({error}); save it again") from error
     if isinstance(loaded, DatasetDict):
         raise DataError(f"{folder}: holds several splits ({', '.join(loaded)}); name one of them: {folder}/SPLIT")
     _check_column(folder, key, loaded.features.arrow_schema)

@@ -31,9 +31,10 @@ def scan_warc(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece]
         length = record.content_length
         if record.consume() != length:
             raise DataError(f"{file}: is cut off in the record at byte {position} of its content; copy it again")
-    while content.read(1 << 16):
-        pass
+    content.pass_over(1 << 62)
     end = content.position
+    if end and not content.last.endswith((b"\r\n\r\n", b"\n\n")):  # two empty lines end a record
+        raise DataError(f"{file}: is cut off at byte {end} of its content; copy it again")
     if end > start:
         pieces.append(Piece(file, start, end, end - start, 0, *frame))
     return pieces
@@ -58,6 +59,7 @@ class Content:
 
     def __init__(self, file: str, frame_at: int = 0, frame_start: int = 0) -> None:
         self.blocks, self.rest, self.position = blocks(file, frame_at), memoryview(b""), frame_start
+        self.last = b""  # the last bytes that were read
         self.frames = [(frame_at, frame_start)]  # (byte of the file, byte of the content) of frames begun
 
     def tell(self) -> int:
@@ -74,6 +76,7 @@ class Content:
             self.rest = memoryview(block)
         data, self.rest = bytes(self.rest[:size]), self.rest[size:]
         self.position += len(data)
+        self.last = (self.last + data)[-4:] if len(data) < 4 else data[-4:]
         return data
 
     def pass_over(self, position: int) -> None:
@@ -98,7 +101,7 @@ def _records(file: str, content: Any) -> Iterator[Any]:
 
 def _record(record: Any, file: str, position: int, settings: BuildConfig) -> Record | None:
     """What a record of the archive gives: text, HTML, a fault, or None if it is of a kind that holds neither."""
-    from fastwarc.warc import WarcRecordType
+    from fastwarc.warc import WarcRecord, WarcRecordType
 
     place = f"{file}: byte {position}"
     if record.record_type not in (WarcRecordType.conversion, WarcRecordType.response):
@@ -110,16 +113,20 @@ def _record(record: Any, file: str, position: int, settings: BuildConfig) -> Rec
             return Document(record.reader.read().decode("utf-8"), place)
         except UnicodeDecodeError as error:
             return f"{place}: is not UTF-8 ({error}); remove the record"
+    answer = WarcRecord()  # a copy: a fault in the encoding of a page is this record's, not the archive's
+    answer.init_headers(record_type=WarcRecordType.response)
+    answer.set_bytes_content(record.reader.read())
+    answer.is_http = True
     try:
-        record.parse_http(auto_decode="all")
-        if record.http_content_type not in HTML_TYPES or record.http_headers.status_code != 200:
+        answer.parse_http(auto_decode="all")
+        if answer.http_content_type not in HTML_TYPES or answer.http_headers.status_code != 200:
             return None
-        page = record.reader.read(settings.max_document_bytes + 1)
+        page = answer.reader.read(settings.max_document_bytes + 1)
     except OSError as error:
         return f"{place}: holds no readable answer of a web server ({error}); remove the record"
     if len(page) > settings.max_document_bytes:
         return f"{place}: {too_long(settings)}"
-    return Document(_decode(page, record.http_charset), place)
+    return Document(_decode(page, answer.http_charset), place)
 
 
 def _decode(page: bytes, charset: str | None) -> str:
