@@ -30,7 +30,7 @@ import xxhash
 from configs.schema import CacheConfig
 from data_pipeline.errors import DataError
 from data_pipeline.mapped_shard import BLOCK_BYTES, TOKEN_SHIFT, MappedShard
-from data_pipeline.remote_sources import is_remote
+from data_pipeline.remote_sources import SCHEMES, is_remote
 from data_pipeline.store import (
     COPY_AGAIN,
     WRITING,
@@ -284,6 +284,8 @@ def open_dataset(directory: str | Path, cache: CacheConfig | None = None) -> Dat
         store.write_manifest(content)
         for entry in manifest["files"]:
             store.fetch(entry)
+    elif "://" in str(directory):
+        raise DataError(f"{directory}: datasets are read from a folder or an address that starts with {SCHEMES}")
     else:
         store = Folder(Path(directory))
         manifest = read_manifest(store.path)

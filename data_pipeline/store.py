@@ -16,6 +16,7 @@ removed. A process that has one in memory can go on with it: the kernel keeps th
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
 import os
@@ -23,7 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,6 +40,7 @@ SHARD_SUFFIX = ".tokens"  # only shards are removed to make room
 WRITING, LOCK, PARTIAL = ".writing-", ".lock-", ".partial-"  # how the names of files start that are no result
 READ_BYTES = 1 << 22
 FIRST_WAIT_SECONDS = 0.5  # after a failed transfer; doubled each time
+END_SECONDS = 2  # for the transfers of a process that ends
 POLL_SECONDS = 0.1  # while other processes' transfers fill the cache
 
 Entry = dict[str, Any]  # of a manifest: file, bytes, xxh3_128 and more
@@ -72,7 +74,8 @@ class Cache:
         self.path = self.root / checksum
         self.remedy = f"remove it, then it is transferred again from {self.url}"
         self._pid, self._transfers = os.getpid(), dict[str, Future[Path]]()
-        self._threads = ThreadPoolExecutor(config.prefetch_shards)
+        self._is_ending = threading.Event()
+        atexit.register(self._end)
         with self._local_errors():
             self.path.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.root)
@@ -103,14 +106,13 @@ class Cache:
         """Begin to transfer the first of these files that are not here, as long as few enough are on their way."""
         if self._pid != os.getpid():  # a fork has no threads
             self._pid, self._transfers = os.getpid(), {}
-            self._threads = ThreadPoolExecutor(self.config.prefetch_shards)
         for file in [file for file, transfer in self._transfers.items() if transfer.done()]:
             self._transfers.pop(file, None)
         for entry in entries:
             if len(self._transfers) >= self.config.prefetch_shards:
                 return
             if entry["file"] not in self._transfers and not self._is_here(entry):
-                self._transfers[entry["file"]] = self._threads.submit(self.fetch, entry)
+                self._transfers[entry["file"]] = self._begin(entry)
 
     def is_current(self, file: str, inode: int, used: bool) -> bool:
         """Whether an open file is still in the cache; with `used`, note that it was used just now."""
@@ -136,6 +138,25 @@ class Cache:
                     remote_sources.attempt(url, lambda: self._transfer(url, path, entry), _waits(self.config))
         return path
 
+    def _begin(self, entry: Entry) -> Future[Path]:
+        """Fetch in a thread: a daemon, because Python waits for the end of others before it ends itself."""
+        transfer: Future[Path] = Future()
+
+        def run() -> None:
+            try:
+                transfer.set_result(self.fetch(entry))
+            except BaseException as error:
+                transfer.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return transfer
+
+    def _end(self) -> None:
+        """When the process ends: stop the transfers, and give them a moment to clean up."""
+        self._is_ending.set()
+        if self._pid == os.getpid():
+            wait(self._transfers.values(), END_SECONDS)
+
     def _is_here(self, entry: Entry) -> bool:
         try:
             return (self.path / entry["file"]).stat().st_size == entry["bytes"]
@@ -151,7 +172,7 @@ class Cache:
             partial.open("xb").close()
         try:
             remote = remote_sources.filesystem(url)
-            remote.get_file(url, str(partial), callback=_stopping_when(over), **options)
+            remote.get_file(url, str(partial), callback=_stopping_when(over, self._is_ending), **options)
             found = describe(partial)
             if (found["bytes"], found["xxh3_128"]) != (entry["bytes"], entry["xxh3_128"]):
                 raise OSError(
@@ -342,13 +363,13 @@ def _inode(path: Path) -> int | None:
         return None
 
 
-def _stopping_when(over: threading.Event) -> Any:
+def _stopping_when(*events: threading.Event) -> Any:
     """A callback of fsspec that ends a transfer nobody waits for any more."""
     from fsspec.callbacks import Callback
 
     class Stopping(Callback):
         def relative_update(self, inc: int = 1) -> None:
-            if over.is_set() or not threading.main_thread().is_alive():
+            if any(event.is_set() for event in events):
                 raise DataError("the transfer is not needed any more")
 
     return Stopping()
