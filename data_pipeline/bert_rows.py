@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
+from configs.load import ConfigError
 from configs.schema import MaskingConfig
 from data_pipeline import chance, mask
 from data_pipeline.mask import IGNORE_INDEX
@@ -51,8 +52,17 @@ def read_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def row_stride(masking: MaskingConfig, seq_len: int) -> int:
-    """Tokens from one sample's start to the next one's: what a row of seq_len holds besides its special tokens."""
-    return seq_len - (2 if masking.pairs == "none" else 3)
+    """Tokens from one sample's start to the next one's: what a row of seq_len holds besides its special tokens.
+
+    Raises ConfigError for a seq_len that has no room for two.
+    """
+    num_special = 2 if masking.pairs == "none" else 3
+    if seq_len < num_special + SHORTEST:
+        raise ConfigError(
+            f"train.seq_len={seq_len}: a row of BERT has {num_special} special tokens with data.masking.pairs="
+            f"{masking.pairs}, and at least {SHORTEST} others; raise it to {num_special + SHORTEST} or more"
+        )
+    return seq_len - num_special
 
 
 def make_rows(
@@ -71,10 +81,8 @@ def make_rows(
     """
     is_short, *chances = chance.uniform(keys[:, None], FIRST_CHANCE + np.arange(NUM_CHANCES)).T
     stride = row_stride(masking, seq_len)
-    lengths = np.full(len(keys), stride)  # of the text
-    if stride > SHORTEST:
-        shorter = SHORTEST + _below(stride - SHORTEST + 1, chances[0])
-        lengths = np.where(is_short < masking.short_probability, shorter, lengths)
+    shorter = SHORTEST + _below(stride - SHORTEST + 1, chances[0])
+    lengths = np.where(is_short < masking.short_probability, shorter, stride)  # of the text
     if masking.pairs == "none":
         row, maskable = _sentences(dataset, samples, lengths, vocabulary, seq_len)
     else:
@@ -110,8 +118,10 @@ def _sentences(
     It begins at the first boundary in the first half of what it may hold; a longer sentence is cut.
     """
     stride = seq_len - 2
-    tokens, document_starts, begin = _windows(dataset, samples * stride, stride + stride // 2)
-    places, begin = np.arange(tokens.shape[1] + 1), begin[:, None]
+    begin = samples * stride
+    tokens, document_starts, begin_of_window = _windows(dataset, np.maximum(begin - 1, 0), 1 + stride + stride // 2)
+    begin = (begin - begin_of_window)[:, None]  # the sample's first token in its window, which shows the one before
+    places = np.arange(tokens.shape[1] + 1)
     boundary = np.zeros((len(tokens), len(places)), dtype=bool)  # [:, i]: a sentence or document ends before token i
     boundary[:, 1:] = vocabulary.ends_sentence[tokens]
     boundary[np.divmod(document_starts, tokens.shape[1])] = True
@@ -165,15 +175,15 @@ def _choose(condition: np.ndarray, yes: Stretch, no: Stretch) -> Stretch:
 
 
 def _windows(dataset: Dataset, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens (n, width) from each of `starts` (n,) on, the places where documents start, and each window's own column.
+    """Tokens (n, width) from each of `starts` (n,) on, the places where documents start, and where the windows start.
 
-    A place is row x width + column; ascending. The width is `length`. Where the dataset ends before a window does, the
-    row is the end of the dataset, and the window begins at a column behind 0; (n,) int64.
+    A place is row x width + column; ascending. The width is `length`; a window that would pass the end of the dataset
+    starts earlier instead. Where they start is (n,) int64, an index of the dataset.
     """
     width = min(length, dataset.num_tokens)
-    inside = np.minimum(starts, dataset.num_tokens - width)
-    rows, columns = dataset.document_starts_many(inside, width)
-    return dataset.gather(inside, width), rows * width + columns, starts - inside
+    starts = np.minimum(starts, dataset.num_tokens - width)
+    rows, columns = dataset.document_starts_many(starts, width)
+    return dataset.gather(starts, width), rows * width + columns, starts
 
 
 def _longest_documents(document_starts: np.ndarray, shape: tuple[int, int]) -> Stretch:
