@@ -117,11 +117,36 @@ class DataConfig(Section):
     mixture: dict[str, MixtureSource] = {}  # name -> dataset; when given, data.dir is not read
     mixture_schedule: list[MixtureStage] = []  # changes of the mixture's weights, for annealing or a curriculum
     packing: Literal["concatenate", "best_fit"] = "concatenate"  # gpt: cut anywhere, or keep documents whole and pad
-    shuffle_window_tokens: PositiveInt | None = None  # none: over everything; else blocks of neighbours stay together
+    shuffle_window_tokens: PositiveInt | None = None  # none: over everything; else shards stay together, see order.py
     masking: MaskingConfig = MaskingConfig()  # used by architecture bert
     unpad: bool = False  # bert: batches without padding, the samples one after the other
     cache: CacheConfig = CacheConfig()
     num_workers: Annotated[int, Field(ge=0)] = 0  # processes that make batches ahead; 0: a thread
+
+    @model_validator(mode="after")
+    def _mixture_is_complete(self) -> DataConfig:
+        kinds = {(source.weight is None, source.epochs is None) for source in self.mixture.values()}
+        if self.mixture and kinds not in ({(False, True)}, {(True, False)}):
+            raise ValueError("mixture: give every source a weight, or every source its epochs, and not both")
+        if self.mixture_schedule and not self.mixture:
+            raise ValueError("mixture_schedule: there is no data.mixture whose weights it could change")
+        reached = 0
+        for stage in self.mixture_schedule:
+            place = f"mixture_schedule, from_step={stage.from_step}"
+            if set(stage.weights) != set(self.mixture):
+                raise ValueError(
+                    f"{place}: has weights for {', '.join(sorted(stage.weights))}, the mixture's sources are "
+                    f"{', '.join(sorted(self.mixture))}; name each of them (a weight can be 0)"
+                )
+            if not any(stage.weights.values()):
+                raise ValueError(f"{place}: all weights are 0; give one source a positive weight")
+            if stage.from_step < reached:
+                raise ValueError(
+                    f"{place}: begins before the stage before it has ended, at step {reached}; put the stages in order "
+                    f"and let each ramp end before the next one begins"
+                )
+            reached = max(stage.from_step + stage.ramp_steps, stage.from_step + 1)
+        return self
 
 
 class ModelConfig(Section):
@@ -177,6 +202,10 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 1234
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest valid checkpoint of run_dir
 
+    @property
+    def longest_seq_len(self) -> int:
+        return max([self.seq_len, *(phase.seq_len for phase in self.phases)])
+
 
 class EvalConfig(Section):
     every_steps: PositiveInt = 500
@@ -229,9 +258,34 @@ class PretrainConfig(Section):
                 f"train.seq_len={train.seq_len} is more than model.max_seq_len={model.max_seq_len}; "
                 f"lower train.seq_len or raise model.max_seq_len"
             )
+        if problem := _phase_problem(train, model):
+            raise ValueError(problem)
+        if self.data.packing == "best_fit" and model.architecture == "bert":
+            raise ValueError(
+                "data.packing=best_fit is for model.architecture=gpt; BERT's rows are cut at sentence ends"
+            )
+        window = self.data.shuffle_window_tokens
+        if window is not None and window < train.longest_seq_len:
+            raise ValueError(
+                f"data.shuffle_window_tokens={window} is less than one sample of {train.longest_seq_len} tokens; give "
+                f"that of several shards, or leave it out"
+            )
         if self.data.masking.mask_share + self.data.masking.random_share > 1:
             raise ValueError("data.masking.mask_share + data.masking.random_share is more than 1")
         return self
+
+
+def _phase_problem(train: TrainConfig, model: ModelConfig) -> str | None:
+    steps = [phase.from_step for phase in train.phases]
+    if steps != sorted(set(steps)):
+        return f"train.phases: from_step goes {', '.join(map(str, steps))}; put the phases in order, each step once"
+    for phase in train.phases:
+        if model.max_seq_len is not None and phase.seq_len > model.max_seq_len:
+            return (
+                f"train.phases: seq_len={phase.seq_len} from step {phase.from_step} is more than "
+                f"model.max_seq_len={model.max_seq_len}; lower it or raise model.max_seq_len"
+            )
+    return None
 
 
 class TuningConfig(Section):

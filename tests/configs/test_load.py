@@ -10,6 +10,8 @@ from configs.load import ConfigError, dump, flatten, load, load_finetune, load_p
 from configs.schema import PretrainConfig
 from tests.conftest import ROOT
 
+MIXTURE = "data.mixture={a: {dir: a, weight: 1}, b: {dir: b, weight: 2}}"
+STAGE = "{{from_step: {}, ramp_steps: {}, weights: {{a: 1, b: 1}}}}"
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -81,6 +83,25 @@ def test_duplicate_key_is_refused_with_both_lines(file):
         (["train.schedule.warmup_steps=11"], "the peak would never be reached"),
         (["model.max_seq_len=8"], "lower train.seq_len or raise model.max_seq_len"),
         (["data.masking.mask_share=0.95"], "is more than 1"),
+        (["data.mixture={a: {dir: a, weight: 1, epochs: 2}}"], "or every source its epochs, and not both"),
+        (["data.mixture={a: {dir: a}}"], "give every source a weight, or every source its epochs"),
+        (["data.mixture={a: {dir: a, weight: 1}, b: {dir: b, epochs: 2}}"], "give every source a weight, or every"),
+        (["data.mixture_schedule=[{from_step: 3, weights: {a: 1}}]"], "there is no data.mixture"),
+        ([MIXTURE, "data.mixture_schedule=[{from_step: 3, weights: {a: 1}}]"], "the mixture's sources are a, b; name"),
+        ([MIXTURE, "data.mixture_schedule=[{from_step: 3, weights: {a: 0, b: 0}}]"], "from_step=3: all weights are 0"),
+        (
+            [MIXTURE, f"data.mixture_schedule=[{STAGE.format(3, 4)}, {STAGE.format(6, 0)}]"],
+            "from_step=6: begins before the stage before it has ended, at step 7",
+        ),
+        ([MIXTURE, f"data.mixture_schedule=[{STAGE.format(3, 0)}, {STAGE.format(3, 0)}]"], "put the stages in order"),
+        (["train.phases=[{from_step: 5, seq_len: 64}, {from_step: 2, seq_len: 64}]"], "from_step goes 5, 2; put the"),
+        (["train.phases=[{from_step: 5, seq_len: 64}, {from_step: 5, seq_len: 32}]"], "each step once"),
+        (
+            ["model.max_seq_len=1024", "train.phases=[{from_step: 5, seq_len: 2048}]"],
+            "seq_len=2048 from step 5 is more than model.max_seq_len=1024",
+        ),
+        (["model.architecture=bert", "data.packing=best_fit"], "data.packing=best_fit is for model.architecture=gpt"),
+        (["data.shuffle_window_tokens=1000"], "is less than one sample of 1024 tokens"),
         (["train.num_steps"], "expected key=value"),
         (["train=5"], "train=5"),
     ],
@@ -113,6 +134,14 @@ def test_numbers_in_exponent_form_are_numbers(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("run_dir: r\ntrain: {optimizer: {lr: 3e-4, eps: 1E-8}}\n")
     assert load_pretrain(path).train.optimizer.lr == 3e-4
+
+
+def test_mixture_schedule_and_phases_in_order_are_accepted(file):
+    schedule = f"data.mixture_schedule=[{STAGE.format(3, 4)}, {STAGE.format(7, 0)}, {STAGE.format(8, 2)}]"
+    phases = "train.phases=[{from_step: 5, seq_len: 512}, {from_step: 9, seq_len: 2048}]"
+    config = load_pretrain(file, [MIXTURE, schedule, phases])
+    assert [stage.from_step for stage in config.data.mixture_schedule] == [3, 7, 8]
+    assert config.train.longest_seq_len == 2048
 
 
 def test_dump_reads_back_to_an_equal_configuration(file, tmp_path):
