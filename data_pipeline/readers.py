@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count, groupby
 from operator import itemgetter
+from typing import Any
 
 import orjson
 
@@ -66,13 +67,13 @@ def scan_lines(file: str, settings: BuildConfig, piece_bytes: int) -> list[Piece
     return [Piece(file, a, b, b - a, int(a == 0), a, a) for a, b in zip(starts, ends, strict=bool(starts))]
 
 
-def _line_start(opened, at: int, size: int) -> int:
+def _line_start(opened: Any, at: int, size: int) -> int:
     """The first byte at or after `at` at which a line starts; `size` if there is none."""
     if at >= size:
         return size
     opened.seek(at - 1)
     at -= 1
-    while block := opened.read(BLOCK_BYTES):
+    while block := opened.read1(BLOCK_BYTES):  # one range of a remote file, not more
         if (found := block.find(b"\n")) >= 0:
             return at + found + 1
         at += len(block)

@@ -212,7 +212,9 @@ def _is_final(error: BaseException) -> bool:
     """Whether another attempt would end the same way."""
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
         return True
-    status = getattr(error, "status", None)  # of aiohttp's errors
+    status = getattr(error, "status", None)  # of aiohttp
+    if response := getattr(error, "response", None):  # of botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if isinstance(status, int):
         return 400 <= status < 500 and status not in RETRIED_STATUS
     return type(error).__name__ in ("NoCredentialsError", "FileExpired", "InvalidURL", "ParamValidationError")
