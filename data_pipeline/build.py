@@ -1,98 +1,120 @@
-"""Raw text -> a dataset directory: `millstream data build CONFIG [key=value ...]`.
+"""Raw text -> a dataset directory: `millstream data build CONFIG [key=value ...]`, or the same under `mpirun -np N`.
 
-Documents are read once, in order, split by a hash of their text, encoded by a pool of processes and written shard by
-shard in the order they were read, so the result does not depend on the number of processes. The manifest comes last.
+The sources are cut into parts (parts.py); workers clean, compare and tokenize parts and assemble shards (passes.py) on
+whatever engine there is (engines.py). What is written does not depend on who did what, or how often the build was
+killed: finished parts are files in a working directory beside the dataset, and only missing ones are made. The dataset
+appears in one rename, complete.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import errno
+import fcntl
+import json
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from configs.load import ConfigError, load_pretrain
-from configs.schema import BuildConfig, PretrainConfig
+from configs.schema import PretrainConfig
+from data_pipeline import passes
 from data_pipeline import tokenizer as tokenizers
-from data_pipeline.dedupe import KEPT, mask_duplicates
-from data_pipeline.shards import DataError, read_manifest, write_manifest, write_shard
-from data_pipeline.sources import DOCSTRINGS, Document, find_files, read_documents
+from data_pipeline.build_report import Progress, print_result, summary
+from data_pipeline.dedupe import find_duplicates
+from data_pipeline.engines import Run, mpi_world_size, open_engine, open_mpi
+from data_pipeline.parts import SPLITS, Plan, group, load_plan, piece_bytes, runs
+from data_pipeline.shards import DataError, read_manifest, write_manifest
+from data_pipeline.sources import Piece, find_files, size_of, stamp
+from data_pipeline.tally import EXAMPLE_CHARACTERS
 
-SPLITS = ("train", "validation")
-CHUNK_CHARACTERS = 1 << 20  # what a worker gets at once
+SAMPLED_PARTS = 64  # a tokenizer is trained on the beginnings of that many parts, spread evenly
 
 
 def main() -> int:
     try:
         if len(sys.argv) < 2:
             raise ConfigError("usage: millstream data build CONFIG [key=value ...]")
-        build(load_pretrain(sys.argv[1], sys.argv[2:]), Console())
+        config = load_pretrain(sys.argv[1], sys.argv[2:])
+        if mpi_world_size() == 1:
+            build(config, Console())
+            return 0
+        with open_mpi() as engine:
+            if engine is not None:
+                build(config, Console(), engine)
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def build(config: PretrainConfig, console: Console) -> None:
-    """Build `data.dir`/train and /validation. Raises DataError; a finished dataset is never overwritten."""
-    settings, root = config.data.build, Path(config.data.dir)
+def build(config: PretrainConfig, console: Console, engine: tuple[Run, int] | None = None) -> None:
+    """Build `data.dir`/train and /validation. Raises DataError; a finished dataset is never overwritten.
+
+    `engine`: who runs the tasks, and with how many workers; none: what data.build.engine says.
+    """
+    root = Path(config.data.dir)
+    corpus = find_corpus(config)
+    started = time.monotonic()
+    work = root.with_name(f".building-{root.name}")
+    try:
+        with locked(work, root), Progress(console) as progress:
+            if is_finished(root, corpus.built_from):
+                progress.say(f"{root} is already built from these sources and settings")
+                shutil.rmtree(work)
+                return
+            with nullcontext(engine) if engine else open_engine(config.data.build, work) as (run, num_workers):
+                plan = make(work, config, corpus, run, num_workers, progress)
+            finish(plan, root)
+    except OSError as error:
+        kept = "finished parts are kept, the same command goes on from them"
+        cure = f"make room; {kept}" if error.errno == errno.ENOSPC else f"mend it or choose another data.dir; {kept}"
+        raise DataError(f"{root}: cannot be written ({error}); {cure}") from error
+    print_result(root, time.monotonic() - started, console)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a build reads: the sources' files, those of data.build.validation_sources, and how they were found."""
+
+    files: list[str]
+    held_out: list[str]
+    stamps: dict[str, str]  # file -> size and time, or ETag
+    built_from: str  # fingerprint of these and of the settings
+
+    @property
+    def all(self) -> list[str]:
+        return [*self.files, *self.held_out]
+
+
+def find_corpus(config: PretrainConfig) -> Corpus:
+    """Find the files and look at their sizes and times. Raises DataError for a source that is not there."""
+    settings = config.data.build
     files = find_files(settings.sources)
     held_out = find_files(settings.validation_sources) if settings.validation_sources else []
-    built_from = source_fingerprint(config, files + held_out)
-    if is_finished(root, built_from):
-        console.print(f"{root} is already built from these sources and settings", highlight=False)
-        return
-    started = time.monotonic()
-    skipped: list[str] = []
-    on_error = skipped.append if settings.on_error == "skip" else None
-
-    def documents() -> Iterator[tuple[str, str]]:
-        """(split, text) of every document, in order."""
-        found: Iterable[Document] = read_documents(files, settings.text_key, on_error)
-        if settings.deduplicate.exact or settings.deduplicate.near:
-            found = list(found)
-            mask = mask_duplicates((document.text for document in found), settings.deduplicate)
-            found = [document for document, code in zip(found, mask, strict=True) if code == KEPT]
-        yield from split(found, settings)
-        for document in read_documents(held_out, settings.text_key, on_error):
-            yield "validation", document.text
-
-    aside = root.with_name(f".writing-{root.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        console.print(f"tokenizer: {settings.tokenizer.type}", highlight=False)
-        texts = (text for name, text in documents() if name == "train")
-        tokenizer = tokenizers.make_tokenizer(settings.tokenizer, texts, aside)
-        tokenizers.save_tokenizer(tokenizer, aside, config.model.max_seq_len or config.train.seq_len)
-        end = None if config.model.architecture == "bert" else tokenizers.end_of_text_id(tokenizer)
-        writers = {name: ShardWriter(aside, name, settings.shard_tokens, tokenizer.get_vocab_size()) for name in SPLITS}
-        for name, ids in encode(documents(), aside, settings.num_workers, console):
-            writers[name].add(ids if end is None else np.append(ids, end))
-        finish(writers, tokenizers.fingerprint(tokenizer), built_from, skipped)
-        if root.exists():
-            shutil.rmtree(root)  # unfinished: `is_finished` has refused anything else
-        aside.rename(root)
-    except OSError as error:
-        raise DataError(f"{root}: cannot be written ({error}); make room or choose another data.dir") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    report(root, skipped, time.monotonic() - started, console)
+    stamps = {file: stamp(file) for file in [*files, *held_out]}
+    return Corpus(files, held_out, stamps, source_fingerprint(config, stamps))
 
 
-def source_fingerprint(config: PretrainConfig, files: list[str]) -> str:
+def source_fingerprint(config: PretrainConfig, stamps: dict[str, str]) -> str:
     """Of all that decides what is written: the build settings, the kind of model, each file's size and time."""
-    settings = config.data.build.model_dump(exclude={"num_workers"})
-    stats = [(file, *_stat(Path(file))) for file in files if file != DOCSTRINGS]
-    return xxhash.xxh3_128_hexdigest(repr((settings, config.model.architecture, files, stats)).encode())
+    settings = config.data.build.model_dump(exclude={"num_workers", "engine", "slurm", "on_error"})
+    vocabulary = settings["tokenizer"]["path"]
+    inside = sorted(map(str, Path(vocabulary).iterdir())) if vocabulary and Path(vocabulary).is_dir() else []
+    tests = config.data.build.clean.decontaminate
+    read = {file: stamp(file) for file in [*inside, *tests] if Path(file).is_file()}
+    return xxhash.xxh3_128_hexdigest(repr((settings, config.model.architecture, stamps, read)).encode())
 
 
 def is_finished(root: Path, built_from: str) -> bool:
@@ -109,144 +131,221 @@ def is_finished(root: Path, built_from: str) -> bool:
     return False
 
 
-def split(documents: Iterable[Document], settings: BuildConfig) -> Iterator[tuple[str, str]]:
-    """(split, text): whole documents by a hash of their text, or the tail of each document as validation."""
-    for document in documents:
-        text = document.text
-        if settings.validation_sources:
-            yield "train", text
-        elif settings.split_by == "tail":
-            cut = int(len(text) * (1 - settings.validation_fraction))
-            yield "train", text[:cut]
-            yield "validation", text[cut:]
-        else:
-            share = xxhash.xxh3_64_intdigest(text.encode()) / 2**64
-            yield ("validation" if share < settings.validation_fraction else "train"), text
-
-
-def encode(
-    documents: Iterator[tuple[str, str]], tokenizer_dir: Path, num_workers: int | None, console: Console
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(split, ids) of every document, in order, encoded by `num_workers` processes (none: one per core)."""
-    num_workers = num_workers or len(os.sched_getaffinity(0))
-    columns = (TextColumn("tokenize"), BarColumn(), TextColumn("{task.fields[shown]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None, shown="")
-        num_bytes, started = 0, time.monotonic()
-        for names, arrays, size in _encode_chunks(chunks(documents), tokenizer_dir, num_workers):
-            num_bytes += size
-            speed = num_bytes / 1e6 / (time.monotonic() - started)
-            progress.update(task, shown=f"{num_bytes / 1e6:,.1f} MB, {speed:.1f} MB/s")
-            yield from zip(names, arrays, strict=True)
-
-
-Chunk = list[tuple[str, str]]
-Encoded = tuple[list[str], list[np.ndarray], int]
-
-
-def chunks(documents: Iterable[tuple[str, str]]) -> Iterator[Chunk]:
-    chunk: Chunk = []
-    size = 0
-    for name, text in documents:
-        chunk.append((name, text))
-        size += len(text)
-        if size >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _encode_chunks(work: Iterator[Chunk], tokenizer_dir: Path, num_workers: int) -> Iterator[Encoded]:
-    if num_workers == 1:
-        _start_worker(tokenizer_dir)
-        yield from map(_encode_chunk, work)
-        return
-    # spawn: a fork would copy the threads' locks of the tokenizer that was just trained
-    with multiprocessing.get_context("spawn").Pool(num_workers, _start_worker, (tokenizer_dir,)) as pool:
-        yield from pool.imap(_encode_chunk, work)
-
-
-_worker: dict[str, Callable[[list[str]], list[np.ndarray]]] = {}  # of a pool's process: its encoder
-
-
-def _start_worker(tokenizer_dir: Path) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker["encode"] = tokenizers.encoder(tokenizers.load_tokenizer(tokenizer_dir))
-
-
-def _encode_chunk(chunk: Chunk) -> Encoded:
-    texts = [text for _, text in chunk]
-    return [name for name, _ in chunk], _worker["encode"](texts), sum(len(text.encode()) for text in texts)
-
-
-class ShardWriter:
-    """Collects the documents of one split and closes a shard whenever `shard_tokens` are reached."""
-
-    def __init__(self, root: Path, name: str, shard_tokens: int, vocab_size: int) -> None:
-        self.directory, self.shard_tokens, self.vocab_size = root / name, shard_tokens, vocab_size
-        self.directory.mkdir()
-        self.documents: list[np.ndarray] = []
-        self.num_tokens = 0
-        self.shards: list[dict[str, object]] = []
-
-    def add(self, ids: np.ndarray) -> None:
-        if not len(ids):
+@contextmanager
+def locked(work: Path, root: Path) -> Iterator[None]:
+    """Keep other builds out of `work`; the lock is the kernel's and goes with this process, however it ends."""
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        with (work / "lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise DataError(
+                    f"{root}: another build is writing it ({lock.read() or 'just started'}); wait for it, or choose "
+                    f"another data.dir"
+                ) from None
+            if not (work / "lock").exists() or not os.path.samestat(os.fstat(lock.fileno()), (work / "lock").stat()):
+                continue  # that build finished meanwhile and took its directory with it
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            yield
             return
-        self.documents.append(ids)
-        self.num_tokens += len(ids)
-        if self.num_tokens >= self.shard_tokens:
-            self.close_shard()
-
-    def close_shard(self) -> None:
-        if self.documents:
-            path = self.directory / f"shard-{len(self.shards):05d}.tokens"
-            pieces = ((ids, np.array([len(ids)])) for ids in self.documents)
-            self.shards.append(write_shard(path, pieces, self.vocab_size))
-            self.documents, self.num_tokens = [], 0
 
 
-def finish(writers: dict[str, ShardWriter], tokenizer_fingerprint: str, built_from: str, skipped: list[str]) -> None:
-    """Close the shards, copy the tokenizer into both datasets and write the manifests."""
-    for writer in writers.values():
-        writer.close_shard()
-    if not any(writer.shards for writer in writers.values()):
-        raise DataError(f"the sources hold no text at all ({len(skipped)} broken records were skipped)")
-    for name, writer in writers.items():
-        if not writer.shards:
+def make(work: Path, config: PretrainConfig, corpus: Corpus, run: Run, num_workers: int, progress: Progress) -> Plan:
+    """All that takes long: from the sources to finished shards in the working directory."""
+    plan = make_plan(work, config, corpus, run, progress)
+    if plan.has_clean_pass:
+        do_parts(plan, "clean", passes.clean_parts, plan.report, run, num_workers, progress)
+    drop_duplicates(plan, run, progress)
+    tokenizer = make_tokenizer(plan, progress)
+    do_parts(plan, "tokenize", passes.token_parts, plan.tokens, run, num_workers, progress)
+    if changed := [file for file in corpus.all if stamp(file) != corpus.stamps[file]]:
+        raise DataError(f"{changed[0]}: was changed while it was read; run the same command again, it starts over")
+    make_shards(plan, tokenizer.get_vocab_size(), run, progress)
+    return plan
+
+
+def make_plan(work: Path, config: PretrainConfig, corpus: Corpus, run: Run, progress: Progress) -> Plan:
+    """The plan that a killed build has left, if it is for the same sources and settings, or a new one."""
+    load_plan.cache_clear()
+    if (work / "plan.json").exists():
+        plan = replace(load_plan(work), config=config)  # on_error may be another one now
+        if plan.built_from == corpus.built_from:
+            plan.save()
+            load_plan.cache_clear()
+            return plan
+        progress.say("the sources or settings are not those of the build that was begun here; starting over")
+    for path in work.iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    sizes = {file: size_of(file) for file in corpus.all}
+    size = piece_bytes(sizes)
+    tasks = [(number, file, config.data.build, size) for number, file in enumerate(corpus.all)]
+    pieces: list[list[Piece]] = [[]] * len(tasks)
+    with progress.phase("scan", sum(sizes.values())) as advance:
+        for number, found in run(passes.scan_file, tasks):
+            pieces[number] = found
+            advance(sizes[corpus.all[number]])
+    own, held_out = pieces[: len(corpus.files)], pieces[len(corpus.files) :]
+    parts = [*group(chain.from_iterable(own), size, False), *group(chain.from_iterable(held_out), size, True)]
+    for folder in ("clean", "tokens", "shards", "dataset"):
+        (work / folder).mkdir()
+    plan = Plan(work, corpus.built_from, config, corpus.stamps, parts)
+    plan.save()
+    load_plan.cache_clear()
+    return plan
+
+
+def do_parts(
+    plan: Plan, title: str, function: Any, result: Any, run: Run, num_workers: int, progress: Progress
+) -> None:
+    """Run a pass over all parts whose `result(part)` does not exist yet."""
+    todo = [number for number in range(len(plan.parts)) if not result(number).exists()]
+    sizes = {result(number): plan.parts[number].num_bytes for number in todo}
+    with progress.phase(title, sum(sizes.values()), sizes):
+        for _ in run(function, [(plan.work, numbers) for numbers in runs(plan.parts, todo, num_workers)]):
+            pass
+
+
+def drop_duplicates(plan: Plan, run: Run, progress: Progress) -> None:
+    """Leave a mask for every part that is compared; the first document of those that say the same stays."""
+    settings = plan.config.data.build.deduplicate
+    if not (settings.exact or settings.near) or plan.duplicates.exists():
+        return
+
+    def run_numbers(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
+        return run(function, [(number,) for number in numbers])
+
+    with progress.phase("duplicates", None):
+        files = [plan.signatures(number) for number, part in enumerate(plan.parts) if not part.held_out]
+        found = find_duplicates(files, settings, plan.duplicates.parent, run_numbers)
+    examples = {
+        kind: [[passes.clean_text(plan, *row)[:EXAMPLE_CHARACTERS] for row in pair] for pair in pairs]
+        for kind, pairs in found.examples.items()
+    }
+    passes.write_json(plan.duplicates, {"exact": found.exact, "near": found.near, "examples": examples})
+
+
+def make_tokenizer(plan: Plan, progress: Progress) -> Any:
+    """Load or train the tokenizer; its folder in the working directory is complete or not there."""
+    if plan.tokenizer_dir.exists():
+        return tokenizers.load_tokenizer(plan.tokenizer_dir)
+    settings, train = plan.config.data.build.tokenizer, plan.config.train
+    aside = plan.work / ".writing-tokenizer"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    with progress.phase("tokenizer", None):
+        tokenizer = tokenizers.make_tokenizer(settings, sample_texts(plan), aside)
+    longest = max([train.seq_len, *(phase.seq_len for phase in train.phases)])
+    tokenizers.save_tokenizer(tokenizer, aside, plan.config.model.max_seq_len or longest)
+    aside.rename(plan.tokenizer_dir)
+    return tokenizer
+
+
+def sample_texts(plan: Plan) -> Iterator[str]:
+    """Texts of the train split for a tokenizer: all of them, or the beginnings of parts spread over the corpus."""
+    settings = plan.config.data.build
+    numbers = [number for number, part in enumerate(plan.parts) if not part.held_out]
+    wanted = settings.tokenizer.sample_bytes
+    if sum(plan.parts[number].num_bytes for number in numbers) > wanted:
+        numbers = numbers[:: -(-len(numbers) // SAMPLED_PARTS)]
+        wanted = wanted // len(numbers)
+    for number in numbers:
+        size = 0
+        for text in train_texts(plan, number):
+            yield text
+            size += len(text)
+            if size >= wanted:
+                break
+
+
+def train_texts(plan: Plan, number: int) -> Iterator[str]:
+    if plan.has_clean_pass:
+        documents: Iterable[Any] = passes.read_clean(plan, number)
+    else:
+        _, documents, _ = next(passes.read_parts(plan, [number]))
+    for document in documents:
+        for name, text in passes.split(document.text, plan.config.data.build, plan.parts[number].held_out):
+            if name == "train" and text:
+                yield text
+
+
+def make_shards(plan: Plan, vocab_size: int, run: Run, progress: Progress) -> None:
+    """Cut the tokens of each split into shards. Raises DataError where a split has no document."""
+    plans = {name: shard_slices(plan, name) for name in SPLITS}
+    if not any(plans.values()):
+        raise DataError("the sources hold no text at all" + skipped_records(plan))
+    for name in SPLITS:
+        if not plans[name]:
             raise DataError(
                 f"no document fell into the {name} split: the corpus is too small to be split by documents; set "
                 f"data.build.validation_fraction higher, or data.build.split_by=tail, or data.build.validation_sources"
+                + skipped_records(plan)
             )
-    for writer in writers.values():
-        for file in writer.directory.parent.iterdir():
-            if file.is_file():
-                shutil.copy(file, writer.directory)
-        write_manifest(writer.directory, writer.shards, writer.vocab_size, tokenizer_fingerprint, built_from)
-    for file in list(next(iter(writers.values())).directory.parent.iterdir()):
-        if file.is_file():
-            file.unlink()
+    tasks = [
+        (plan.work, name, number, slices, vocab_size)
+        for name in SPLITS
+        for number, slices in enumerate(plans[name])
+        if not passes.shard_entry(plan, name, number).exists()
+    ]
+    with progress.phase("shards", len(tasks)) as advance:
+        for _ in run(passes.assemble_shard, tasks):
+            advance(1)
 
 
-def report(root: Path, skipped: list[str], seconds: float, console: Console) -> None:
+def shard_slices(plan: Plan, name: str) -> list[list[tuple[int, int, int]]]:
+    """For each shard of a split the (part, first document, last + 1) it is made of.
+
+    A shard ends with the first document that brings it to data.build.shard_tokens.
+    """
+    limit = plan.config.data.build.shard_tokens
+    shards: list[list[tuple[int, int, int]]] = []
+    open_shard: list[tuple[int, int, int]] = []
+    filled = 0
+    for number in range(len(plan.parts)):
+        with np.load(plan.tokens(number)) as arrays:
+            ends = np.cumsum(arrays[f"{name}_lengths"])
+        first, before = 0, 0
+        while first < len(ends):
+            last = int(np.searchsorted(ends, before + limit - filled))
+            after = min(last + 1, len(ends))
+            open_shard.append((number, first, after))
+            filled += int(ends[after - 1]) - before
+            first, before = after, int(ends[after - 1])
+            if filled >= limit:
+                shards.append(open_shard)
+                open_shard, filled = [], 0
+    return [*shards, open_shard] if open_shard else shards
+
+
+def skipped_records(plan: Plan) -> str:
+    broken = 0
+    for number in range(len(plan.parts)):
+        report = json.loads(plan.report(number).read_text())
+        broken += report["tallies"]["read"]["dropped"].get("broken record", 0)
+    return f" ({broken} broken records were skipped)" if broken else ""
+
+
+def finish(plan: Plan, root: Path) -> None:
+    """Add tokenizer, reports and manifests to the shards, and give the dataset its name."""
+    tokenizer = tokenizers.load_tokenizer(plan.tokenizer_dir)
+    content = summary(plan, {})
     for name in SPLITS:
-        manifest = read_manifest(root / name)
-        console.print(
-            f"{root / name}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens", highlight=False
+        directory = plan.dataset / name
+        shutil.copytree(plan.tokenizer_dir, directory, dirs_exist_ok=True)
+        count = len(list(directory.glob("shard-*.tokens")))
+        entries = [json.loads(passes.shard_entry(plan, name, number).read_text()) for number in range(count)]
+        passes.write_json(directory / "stages.json", content)
+        write_manifest(
+            directory, entries, tokenizer.get_vocab_size(), tokenizers.fingerprint(tokenizer), plan.built_from
         )
-    for message in skipped[:5]:
-        console.print(f"skipped: {message}", highlight=False, markup=False)
-    if skipped:
-        console.print(f"{len(skipped)} broken records skipped", highlight=False)
-    console.print(f"built in {seconds:.1f} s", highlight=False)
-
-
-def _stat(path: Path) -> tuple[int, int]:
-    if path.is_dir():
-        inside = [file.stat() for file in sorted(path.rglob("*")) if file.is_file()]
-        return sum(stat.st_size for stat in inside), max((stat.st_mtime_ns for stat in inside), default=0)
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    if root.exists():
+        shutil.rmtree(root)  # unfinished: `is_finished` has refused anything else
+    plan.dataset.rename(root)
+    shutil.rmtree(plan.work)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,13 @@ class Plan:
         return self.work / "clean" / f"part-{part:05d}.json"
 
     def drop_mask(self, part: int) -> Path:
-        return self.work / "drop" / f"part-{part:05d}.npy"
+        """Which documents of a cleaned part are duplicates; the parts that are compared are the first ones."""
+        return self.work / "duplicates" / "masks" / f"part-{part:06d}.npy"
+
+    @property
+    def duplicates(self) -> Path:
+        """How many duplicates there are, with examples; written last of that step's files."""
+        return self.work / "duplicates" / "summary.json"
 
     def tokens(self, part: int) -> Path:
         return self.work / "tokens" / f"part-{part:05d}.npz"

@@ -1,11 +1,17 @@
-"""Text to a dataset directory: the same bytes for any number of workers, nothing finished is ever overwritten."""
+"""Text to a dataset directory: the same bytes whoever builds it and however often it is killed; nothing is overwritten."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import json
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +19,15 @@ import pytest
 from rich.console import Console
 
 from configs.load import load_pretrain
-from data_pipeline import build
+from data_pipeline import build, parts
 from data_pipeline.shards import DataError, open_dataset
+from tests.conftest import ROOT
 
 QUIET = Console(quiet=True)
+# A build of its own process, with parts so small that there are dozens.
+SMALL_PARTS = (
+    "import sys; from data_pipeline import build, parts; parts.SMALLEST_PART_BYTES = 4000; sys.exit(build.main())"
+)
 
 
 @pytest.fixture
@@ -30,6 +41,11 @@ def corpus(tmp_path) -> Path:
         "    validation_fraction: 0.1\n    tokenizer: {vocab_size: 300}\n    num_workers: 1\n"
     )
     return tmp_path / "config.yaml"
+
+
+@pytest.fixture
+def small_parts(monkeypatch) -> None:
+    monkeypatch.setattr(parts, "SMALLEST_PART_BYTES", 4000)
 
 
 def make(config: Path, *overrides: str) -> Path:
@@ -49,13 +65,148 @@ def error_of(config: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_result_is_byte_identical_for_any_number_of_workers(corpus, monkeypatch):
-    monkeypatch.setattr(build, "CHUNK_CHARACTERS", 2000)  # dozens of pieces of work
-    shards = "data.build.shard_tokens=2000"
-    one = content(make(corpus, shards, f"data.dir={corpus.parent}/one"))
-    three = content(make(corpus, shards, f"data.dir={corpus.parent}/three", "data.build.num_workers=3"))
+STAGES = ["data.build.clean.unicode=NFC", "data.build.deduplicate.near=true", "data.build.deduplicate.exact=true"]
+
+
+@pytest.mark.parametrize("overrides", [[], STAGES], ids=["plain", "with-stages"])
+def test_result_is_byte_identical_for_any_number_of_workers(corpus, small_parts, overrides):
+    words = ["data.build.shard_tokens=2000", *overrides]
+    one = content(make(corpus, f"data.dir={corpus.parent}/one", *words))
+    three = content(make(corpus, f"data.dir={corpus.parent}/three", "data.build.num_workers=3", *words))
     assert one == three
     assert sum(name.endswith(".tokens") for name in one) > 3
+
+
+def test_result_is_byte_identical_under_mpirun(corpus, small_parts):
+    words = ["data.build.shard_tokens=2000", *STAGES]
+    alone = content(make(corpus, f"data.dir={corpus.parent}/alone", *words))
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "3", sys.executable, "-c", SMALL_PARTS]
+    if subprocess.run(["which", "mpirun"], capture_output=True).returncode:
+        pytest.skip("no mpirun (Debian: openmpi-bin)")
+    ran = subprocess.run(
+        [*command, str(corpus), f"data.dir={corpus.parent}/mpi", *words], capture_output=True, text=True, cwd=ROOT
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert content(corpus.parent / "mpi") == alone
+
+
+def test_result_is_byte_identical_through_datatrove(corpus, small_parts):
+    words = ["data.build.shard_tokens=2000", *STAGES]
+    alone = content(make(corpus, f"data.dir={corpus.parent}/alone", *words))
+    engine = ["data.build.engine=datatrove", "data.build.num_workers=2"]
+    assert content(make(corpus, f"data.dir={corpus.parent}/datatrove", *words, *engine)) == alone
+
+
+@pytest.mark.parametrize("overrides", [[], STAGES], ids=["plain", "with-stages"])
+@pytest.mark.slow
+def test_build_killed_at_any_moment_goes_on_to_the_same_bytes(corpus, small_parts, overrides):
+    words = ["data.build.shard_tokens=2000", "data.build.num_workers=2", *overrides]
+    whole = content(make(corpus, f"data.dir={corpus.parent}/whole", *words))
+    command = [sys.executable, "-c", SMALL_PARTS, str(corpus), *words]
+    work = corpus.parent / ".building-data"
+    kills = 0
+    for num_files in sorted(random.Random(0).sample(range(1, 45), 8)):  # moments: that many files are there
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and sum(path.is_file() for path in work.rglob("*")) < num_files:
+            time.sleep(0.002)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 4
+    make(corpus, *words)
+    assert content(corpus.parent / "data") == whole
+    assert not (corpus.parent / ".building-data").exists()
+
+
+def test_finished_parts_are_not_done_again(corpus, small_parts, monkeypatch):
+    def disturbed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "make_shards", disturbed)
+        with pytest.raises(KeyboardInterrupt):
+            make(corpus)
+    kept = sorted((corpus.parent / ".building-data" / "tokens").iterdir())
+    times = [path.stat().st_mtime_ns for path in kept]
+    assert len(kept) > 10
+    kept[3].unlink()
+
+    def finished(plan, *args):
+        after = sorted((plan.work / "tokens").iterdir())
+        assert after == kept
+        again = [path for path, before in zip(after, times, strict=True) if path.stat().st_mtime_ns != before]
+        assert again == [kept[3]]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "make_shards", finished)
+    with pytest.raises(KeyboardInterrupt):
+        make(corpus)
+
+
+def test_changed_sources_start_an_interrupted_build_over(corpus, small_parts, monkeypatch):
+    def disturbed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "make_shards", disturbed)
+        with pytest.raises(KeyboardInterrupt):
+            make(corpus)
+    (corpus.parent / "corpus.jsonl").write_text('{"text": "quite another corpus"}\n' * 100)
+    root = make(corpus, "data.build.validation_fraction=0.5", "data.build.split_by=tail")
+    assert sum(open_dataset(root / name).num_documents for name in ("train", "validation")) == 200
+
+
+def test_source_that_changes_while_it_is_read_is_named(corpus, monkeypatch):
+    real = build.make_tokenizer
+
+    def meddled(*args):
+        with (corpus.parent / "corpus.jsonl").open("a") as file:
+            file.write('{"text": "one more"}\n')
+        return real(*args)
+
+    monkeypatch.setattr(build, "make_tokenizer", meddled)
+    message = error_of(corpus)
+    assert "corpus.jsonl: was changed" in message
+    assert not (corpus.parent / "data").exists()
+
+
+def test_second_build_at_the_same_time_is_refused(corpus):
+    work = corpus.parent / ".building-data"
+    work.mkdir()
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 12 on host")
+        lock.flush()
+        message = error_of(corpus)
+    assert "another build is writing it (process 12 on host); wait for it, or choose another data.dir" in message
+    make(corpus)
+
+
+def test_workers_of_a_killed_build_end_with_it(corpus, small_parts):
+    words = ["data.build.num_workers=2", *STAGES]
+    process = subprocess.Popen([sys.executable, "-c", SMALL_PARTS, str(corpus), *words], cwd=ROOT)
+    children: list[int] = []
+    deadline = time.monotonic() + 60
+    while len(children) < 3 and process.poll() is None and time.monotonic() < deadline:  # tracker, server, workers
+        children = descendants(process.pid)
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert children
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(child) for child in task.read_text().split()]
+        except OSError:
+            continue
+        found += children + [grandchild for child in children for grandchild in descendants(child)]
+    return found
 
 
 def test_every_document_is_in_exactly_one_split_with_its_end_token(corpus):
@@ -71,6 +222,18 @@ def test_every_document_is_in_exactly_one_split_with_its_end_token(corpus):
             found.append(tokenizer.decode(ids[:-1]))
     assert sorted(found) == sorted(texts)
     assert 0.04 < open_dataset(root / "validation").num_documents / len(texts) < 0.18
+
+
+def test_shards_end_with_the_document_that_fills_them(corpus, small_parts):
+    root = make(corpus, "data.build.shard_tokens=1500")
+    entries = json.loads((root / "train" / "manifest.json").read_text())["shards"]
+    data = open_dataset(root / "train")
+    assert len(entries) > 3
+    first = 0
+    for entry in entries[:-1]:
+        starts = data.document_starts(first, first + entry["tokens"])
+        assert entry["tokens"] >= 1500 > int(starts[-1]) - first
+        first += entry["tokens"]
 
 
 def test_tail_split_holds_out_the_end_of_each_document(tmp_path, corpus):
@@ -92,11 +255,38 @@ def test_own_validation_sources_are_the_validation_split(tmp_path, corpus):
     assert open_dataset(root / "train").num_documents == 400
 
 
+def test_stages_json_counts_what_each_stage_did(tmp_path, corpus, small_parts):
+    with (tmp_path / "corpus.jsonl").open("a") as file:
+        file.write('{"text": "write to me@example.org, please"}\n{broken\n')
+        file.write('{"text": "the same words twice"}\n{"text": "The same words twice"}\n')
+    root = make(
+        corpus,
+        "data.build.on_error=skip",
+        "data.build.clean.pii=[email]",
+        "data.build.deduplicate.exact=true",
+        f"data.build.licences={{{tmp_path}: CC0-1.0}}",
+    )
+    found = json.loads((root / "train" / "stages.json").read_text())
+    assert found["stages"]["read"]["dropped"] == {"broken record": 1}
+    assert "is not valid JSON" in found["stages"]["read"]["examples"]["broken record"][0]
+    assert found["stages"]["pii"]["found"] == {"email": 1} and found["stages"]["pii"]["changed"] == 1
+    assert found["duplicates"]["exact"] == 1
+    (source,) = found["sources"].values()
+    assert source["documents"] == 403 and source["licence"] == "CC0-1.0"
+    for name in ("train", "validation"):
+        data = open_dataset(root / name)
+        assert (
+            found["splits"][name]["documents"] == data.num_documents == sum(found["splits"][name]["lengths"].values())
+        )
+        assert found["splits"][name]["tokens"] == data.num_tokens
+
+
 def test_second_build_of_the_same_does_nothing(corpus):
     root = make(corpus)
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     make(corpus)
     assert times == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert not (corpus.parent / ".building-data").exists()
 
 
 def test_finished_dataset_of_other_settings_is_kept_and_named(corpus):
@@ -143,19 +333,27 @@ def test_broken_record_stops_the_build_and_leaves_nothing_or_is_skipped(tmp_path
     with (tmp_path / "corpus.jsonl").open("a") as file:
         file.write("{broken\n")
     assert f"{tmp_path}/corpus.jsonl:401: is not valid JSON" in error_of(corpus)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "corpus.jsonl"]
+    assert not (tmp_path / "data").exists()
     root = make(corpus, "data.build.on_error=skip")
     assert sum(open_dataset(root / name).num_documents for name in ("train", "validation")) == 400
+
+
+def test_broken_record_found_by_a_worker_process_is_named(tmp_path, corpus):
+    with (tmp_path / "corpus.jsonl").open("a") as file:
+        file.write("{broken\n")
+    words = ["data.build.num_workers=2", "data.build.clean.unicode=NFC"]
+    assert f"{tmp_path}/corpus.jsonl:401: is not valid JSON" in error_of(corpus, *words)
 
 
 def test_large_vocabulary_is_stored_as_uint32(tmp_path, corpus):
     letters = [chr(0x4E00 + i) for i in range(20_000)] + [chr(0xAC00 + i) for i in range(11_000)]
     letters += [chr(0x20000 + i) for i in range(40_000)]
     (tmp_path / "wide.txt").write_text("".join(letters), encoding="utf-8")
+    (tmp_path / "held.txt").write_text("".join(letters[:9]), encoding="utf-8")
     root = make(
         corpus,
         f"data.build.sources=[{tmp_path}/wide.txt]",
-        f"data.build.validation_sources=[{tmp_path}/wide.txt]",
+        f"data.build.validation_sources=[{tmp_path}/held.txt]",
         "data.build.tokenizer.type=characters",
     )
     data = open_dataset(root / "train")
@@ -165,17 +363,18 @@ def test_large_vocabulary_is_stored_as_uint32(tmp_path, corpus):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, corpus):
-    import subprocess
-
+def test_full_disk_is_named_and_the_build_goes_on_when_there_is_room(tmp_path, corpus, small_parts):
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(small)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
     try:
         message = error_of(corpus, f"data.dir={small}/data")
-        assert "No space left on device" in message and "make room or choose another data.dir" in message
-        assert not list(small.iterdir())
+        assert "No space left on device" in message and "make room; finished parts are kept" in message
+        assert not (small / "data").exists()
+        subprocess.run(["mount", "-o", "remount,size=64M", str(small)], check=True)
+        root = make(corpus, f"data.dir={small}/data")
+        assert content(root) == content(make(corpus))
     finally:
         subprocess.run(["umount", str(small)], check=True)
