@@ -27,9 +27,10 @@ class MappedShard:
         if stat.st_size != entry["bytes"]:
             raise DataError(wrong_size(self.file, stat.st_size, entry, remedy))
         try:
-            content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise DataError(unreadable(self.file, error, remedy)) from error
+        content = np.frombuffer(self.map, np.uint8)
         ends_at, sums_at = _layout(entry, dtype.itemsize)
         self.tokens = content[: self.num_tokens * dtype.itemsize].view(dtype)
         self.ends = content[ends_at:sums_at].view(np.int64)  # uint64 in the file; none is so large
@@ -39,10 +40,15 @@ class MappedShard:
         self.checked = bytearray(len(self.sums))  # per block: 1 when it was found to be intact
         self.token_shift = TOKEN_SHIFT[dtype.itemsize]
         self.ends_block = ends_at // BLOCK_BYTES  # the first one with document ends
-        self.are_ends_checked = False
+        self.sum_of_sums: str = entry["sums_xxh3_128"]
+        self.are_sums_checked = self.are_ends_checked = False
         self.inode, self.used = stat.st_ino, True  # used: since the cache was last told
-        if xxhash.xxh3_128_hexdigest(self.sums) != entry["sums_xxh3_128"]:
-            raise DataError(f"{self.file}: is damaged between bytes {sums_at} and {stat.st_size - 1}; {remedy}")
+
+    def will_need(self, low: int, high: int) -> None:
+        """Have the system begin to read what `check` will touch, so that several reads are under way at once."""
+        if not self.are_sums_checked:
+            self._begin_to_read(self.ends_block, -(-len(self.map) // BLOCK_BYTES))
+        self._begin_to_read(low >> self.token_shift, (high - 1 >> self.token_shift) + 1)
 
     def tokens_of(self, low: int, high: int) -> np.ndarray:
         """Tokens [low, high) of this shard, low < high; a view."""
@@ -68,7 +74,8 @@ class MappedShard:
         self._check_blocks(low >> self.token_shift, (high - 1 >> self.token_shift) + 1)
 
     def faults(self) -> list[str]:
-        """A message for every stretch of damaged blocks."""
+        """A message for every stretch of damaged blocks. Raises DataError if the checksums themselves are damaged."""
+        self._check_sums()
         messages, first = [], 0
         for block in range(len(self.sums)):
             if self._is_intact(block):
@@ -77,7 +84,19 @@ class MappedShard:
                 messages.append(self._damaged(first, block + 1))
         return messages
 
+    def _begin_to_read(self, first: int, stop: int) -> None:
+        start = first * BLOCK_BYTES
+        self.map.madvise(mmap.MADV_WILLNEED, start, min(stop * BLOCK_BYTES, len(self.map)) - start)
+
+    def _check_sums(self) -> None:
+        if xxhash.xxh3_128_hexdigest(self.sums) != self.sum_of_sums:
+            start, end = len(self.body), len(self.map) - 1
+            raise DataError(f"{self.file}: is damaged between bytes {start} and {end}; {self.remedy}")
+        self.are_sums_checked = True
+
     def _check_blocks(self, first: int, stop: int) -> None:
+        if not self.are_sums_checked:
+            self._check_sums()
         block = self.checked.find(0, first, stop)
         while block >= 0:
             if not self._is_intact(block):
