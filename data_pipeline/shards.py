@@ -191,34 +191,38 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_shard(path: Path, pieces: Iterable[tuple[np.ndarray, np.ndarray]], vocab_size: int) -> dict[str, Any]:
-    """Write one shard and return its manifest entry; only one piece at a time is in memory.
+    """Write one shard and return its manifest entry; in memory are one piece and a few bytes for each document.
 
     pieces: (tokens, lengths) of some documents: tokens (sum of lengths,) of any integer type, lengths (documents,), in
     tokens, none 0. Raises DataError for an id outside of the vocabulary.
     """
     dtype = token_dtype(vocab_size)
-    ends: list[np.ndarray] = []
-    num_tokens = 0
+    all_lengths: list[np.ndarray] = []
+    num_tokens = num_documents = 0
     with writing(path) as file:
         body = _SummedFile(file)
         for tokens, lengths in pieces:
-            if len(lengths) and (lengths.min() < 1 or lengths.sum() != len(tokens)):
-                raise ValueError(f"{path}: {len(tokens)} tokens in documents of {lengths} tokens")
+            if lengths.min(initial=1) < 1 or lengths.sum() != len(tokens):
+                raise ValueError(f"{path}: a piece of {len(tokens)} tokens in documents of {lengths} tokens")
             for start in range(0, len(tokens), WRITE_TOKENS):
                 body.write(_checked_ids(tokens[start : start + WRITE_TOKENS], vocab_size, path).astype(dtype))
-            ends.append(np.cumsum(lengths, dtype=np.uint64) + np.uint64(num_tokens))
+            all_lengths.append(lengths.astype(np.min_scalar_type(lengths.max(initial=0))))
             num_tokens += len(tokens)
+            num_documents += len(lengths)
         if not num_tokens:
             raise ValueError(f"{path}: no tokens to write")
         body.write(np.zeros(-num_tokens * dtype.itemsize % 8, np.uint8))
-        for part in ends:
-            body.write(part)
+        end = 0
+        for lengths in all_lengths:
+            ends = end + np.cumsum(lengths, dtype=np.uint64)
+            body.write(ends)
+            end += int(lengths.sum(dtype=np.uint64))
         sums = body.sums()
         file.write(sums)
         body.digest.update(sums)
     return {
         "file": path.name,
-        "documents": sum(len(part) for part in ends),
+        "documents": num_documents,
         "tokens": num_tokens,
         "bytes": body.num_bytes + len(sums),
         "xxh3_128": body.digest.hexdigest(),

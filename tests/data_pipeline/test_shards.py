@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.shards import (
     BLOCK_BYTES,
@@ -17,6 +22,7 @@ from data_pipeline.shards import (
     write_manifest,
     write_shard,
 )
+from tests.conftest import ROOT
 
 
 def piece(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -115,6 +121,73 @@ def test_id_outside_of_the_vocabulary_is_refused(tmp_path, token):
     assert not list(tmp_path.iterdir())
 
 
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_what_is_read_is_what_was_written_however_it_is_divided(tmp_path_factory, data):
+    """Random shards, pieces, documents and windows, against lists."""
+    vocab_size = data.draw(st.sampled_from([300, 70_000]))
+    documents = st.integers(1, 40).flatmap(lambda n: st.lists(st.integers(0, vocab_size - 1), min_size=n, max_size=n))
+    shards = data.draw(st.lists(st.lists(documents, min_size=1, max_size=7), min_size=1, max_size=4))
+    opened = open_dataset(write(tmp_path_factory.mktemp("any") / "data", shards, vocab_size))
+    flat = [token for shard in shards for document in shard for token in document]
+    first = [0, *itertools.accumulate(len(document) for shard in shards for document in shard)][:-1]
+    length = data.draw(st.integers(1, len(flat)))
+    starts = data.draw(st.lists(st.integers(0, len(flat) - length), max_size=9))
+    for _ in range(2):  # first use, then again
+        rows = opened.gather(np.array(starts, np.int64), length)
+        assert rows.shape == (len(starts), length) and rows.dtype == token_dtype(vocab_size)
+        assert rows.tolist() == [flat[start : start + length] for start in starts]
+        found = opened.document_starts_many(np.array(starts, np.int64), length)
+        expected = [(i, f - start) for i, start in enumerate(starts) for f in first if start <= f < start + length]
+        assert list(zip(*(part.tolist() for part in found), strict=True)) == expected
+    assert opened.tokens(0, len(flat)).tolist() == flat
+    assert opened.num_documents == len(first)
+    assert [opened.document(number)[0] for number in range(len(first))] == first
+
+
+def test_millions_of_tiny_documents_are_written_in_little_memory(tmp_path):
+    """5 million documents of 2 tokens in one shard: the ends alone take 40 MB, of which one piece is in memory."""
+    code = (
+        "import resource, sys, numpy as np; from pathlib import Path; from data_pipeline.shards import write_shard\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "pieces = ((np.ones(20_000, np.int64), np.full(10_000, 2)) for _ in range(500))\n"
+        "entry = write_shard(Path(sys.argv[1]), pieces, 100)\n"
+        "print(entry['documents'], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], cwd=ROOT, capture_output=True, text=True)
+    documents, megabytes = ran.stdout.split()
+    assert int(documents) == 5_000_000
+    assert float(megabytes) < 20
+
+
+@pytest.mark.parametrize(("soft", "hard", "expected"), [(60, 4096, "5050"), (60, 60, "ulimit -n")])
+def test_more_shards_than_open_files_are_allowed(tmp_path, soft, hard, expected):
+    write(tmp_path / "data", [[[number, 1]] for number in range(101)])
+    code = (
+        "import resource, sys; from data_pipeline.shards import DataError, open_dataset\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
+        "data = open_dataset(sys.argv[1])\n"
+        "try: print(data.tokens(0, 202)[::2].sum())\n"
+        "except DataError as error: print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "data")], cwd=ROOT, capture_output=True, text=True)
+    assert expected in ran.stdout
+
+
+@pytest.mark.parametrize(("tokens", "lengths"), [([1, 2], [1]), ([1, 2], [2, 0]), ([1], [])])
+def test_pieces_whose_lengths_cannot_be_are_refused(tmp_path, tokens, lengths):
+    with pytest.raises(ValueError, match=f"a piece of {len(tokens)} tokens"):
+        write_shard(tmp_path / "s", [(np.array(tokens, np.int64), np.array(lengths, np.int64))], 1000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_empty_pieces_are_passed_over_and_an_empty_shard_is_refused(tmp_path):
+    empty = np.array([], np.int64), np.array([], np.int64)
+    assert write_shard(tmp_path / "s", [empty, piece([[1, 2]]), empty], 10)["documents"] == 1
+    with pytest.raises(ValueError, match="no tokens to write"):
+        write_shard(tmp_path / "t", [empty], 10)
+
+
 def test_truncated_shard_is_named_with_both_sizes(directory):
     shard = directory / "shard-00001.tokens"
     shard.write_bytes(shard.read_bytes()[:-8])
@@ -146,6 +219,7 @@ def test_damaged_checksums_are_named(large):
 
 def test_missing_shard_is_named(directory):
     (directory / "shard-00001.tokens").unlink()
+    assert open_dataset(directory).tokens(0, 4).tolist() == [1, 2, 3, 4]  # opening and others do not need it
     assert "shard-00001.tokens: cannot be read (No such file or directory)" in error_of(directory)
 
 
