@@ -123,7 +123,7 @@ def _sentences(
     begin = (begin - begin_of_window)[:, None]  # the sample's first token in its window, which shows the one before
     places = np.arange(tokens.shape[1] + 1)
     boundary = np.zeros((len(tokens), len(places)), dtype=bool)  # [:, i]: a sentence or document ends before token i
-    boundary[:, 1:] = vocabulary.ends_sentence[tokens]
+    boundary[:, 1:] = vocabulary.ends_sentence.take(tokens)
     boundary[np.divmod(document_starts, tokens.shape[1])] = True
     early = boundary & (places >= begin) & (places < begin + lengths[:, None] // 2)
     first = np.where(early.any(1), early.argmax(1), begin[:, 0])
@@ -191,7 +191,7 @@ def _longest_documents(document_starts: np.ndarray, shape: tuple[int, int]) -> S
     num_rows, width = shape
     total = num_rows * width
     row_starts = np.arange(0, total, width)
-    edges = np.unique(np.concatenate([row_starts, document_starts]))
+    edges = np.sort(np.concatenate([row_starts, document_starts]))  # a row that starts with a document: twice
     sizes = np.diff(edges, append=total)
     ranks = sizes * total + (total - 1 - edges)
     size, rest = np.divmod(np.maximum.reduceat(ranks, np.searchsorted(edges, row_starts)), total)
@@ -202,7 +202,7 @@ def _cut(
     tokens: np.ndarray, start: np.ndarray, size: np.ndarray, chances: np.ndarray, vocabulary: Vocabulary
 ) -> np.ndarray:
     """Tokens of the first part of each stretch, (n,): up to a sentence end in its middle half, all equally likely."""
-    after = 1 + np.flatnonzero(vocabulary.ends_sentence[tokens])
+    after = 1 + np.flatnonzero(vocabulary.ends_sentence.take(tokens))
     rows = (after - 1) // tokens.shape[1]
     sizes = after - start[rows]
     margin = np.maximum(1, size // 4)[rows]
