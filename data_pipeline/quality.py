@@ -8,6 +8,7 @@
 
 How the papers are read where they leave it open:
 
+- A line is one with something on it: it does not matter whether one or two line breaks part the paragraphs.
 - A duplicate line, paragraph or n-gram is one that stood before: the first one is never counted.
 - Characters of n-grams are those of their words, without the white space between, above and below the line.
 - The most frequent n-gram counts only when it occurs twice: a short text is not repetitive because it is short.
