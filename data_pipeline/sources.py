@@ -145,15 +145,6 @@ def read_pieces(
         first = last
 
 
-def read_documents(found: list[str], text_key: str, skipped: Callable[[str], None] | None) -> Iterator[Document]:
-    """All documents of these files that are not blank; see `read_pieces`."""
-    settings = BuildConfig(text_key=text_key, on_error="skip" if skipped else "stop")
-    report = None if skipped is None else lambda index, message: skipped(message)
-    for file in found:
-        for _, document in read_pieces(scan(file, settings, 1 << 62), settings, report):
-            yield document
-
-
 def _follows(piece: Piece, other: Piece) -> bool:
     return other.file == piece.file and other.start >= piece.stop
 
@@ -194,6 +185,7 @@ def _format(file: str) -> tuple[Callable, Callable]:
         return readers.scan_docstrings, readers.read_docstrings
     if _is_dataset(file):
         return table_readers.scan_datasets, table_readers.read_datasets
+    _known(file)
     return next(format for suffix, format in FORMATS.items() if files.name(file).endswith(suffix))
 
 
@@ -206,6 +198,8 @@ def _is_dataset(folder: str) -> bool:
 def _find_local(source: str) -> list[str]:
     # a file whose name looks like a glob is meant as itself
     matches = [source] if os.path.lexists(source) else sorted(glob.glob(source, recursive=True))
+    if not matches and "://" in source:
+        raise DataError(f"{source}: unknown kind of address; known: {', '.join(remote_sources.SCHEMES)}")
     if not matches:
         raise DataError(f"data.build.sources: {source}: no such file or folder, and as a glob it matches nothing")
     found = []

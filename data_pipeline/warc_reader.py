@@ -121,12 +121,20 @@ def _record(record: Any, file: str, position: int, settings: BuildConfig) -> Rec
         answer.parse_http(auto_decode="all")
         if answer.http_content_type not in HTML_TYPES or answer.http_headers.status_code != 200:
             return None
-        page = answer.reader.read(settings.max_document_bytes + 1)
+        page = _read_up_to(answer.reader, settings.max_document_bytes + 1)
     except OSError as error:
         return f"{place}: holds no readable answer of a web server ({error}); remove the record"
     if len(page) > settings.max_document_bytes:
         return f"{place}: {too_long(settings)}"
     return Document(_decode(page, answer.http_charset), place)
+
+
+def _read_up_to(reader: Any, limit: int) -> bytes:
+    """The content of a reader, or its first bytes, at least `limit`: what a small record unfolds to has no bound."""
+    page = bytearray()
+    while len(page) < limit and (block := reader.read(1 << 16)):
+        page += block
+    return bytes(page)
 
 
 def _decode(page: bytes, charset: str | None) -> str:

@@ -93,6 +93,15 @@ class RangeHandler(Handler):
         return part
 
 
+class LabellingHandler(Handler):
+    """Calls a .gz an encoding of its content, as some servers do."""
+
+    def end_headers(self) -> None:
+        if self.path.endswith(".gz"):
+            self.send_header("Content-Encoding", "gzip")
+        super().end_headers()
+
+
 class Server(ThreadingHTTPServer):
     def __init__(self, folder: Path, handler: type[Handler]) -> None:
         super().__init__(("127.0.0.1", 0), partial(handler, directory=str(folder)))
@@ -159,6 +168,11 @@ def test_web_archive_over_http(server, corpus):
         archive.page(f"<p>{number}</p>".encode())
     archive.save()
     assert texts(f"{server.url}/c.warc.gz", 100) == [f"<p>{number}</p>" for number in range(10)]
+
+
+def test_compressed_file_that_the_server_calls_an_encoding_comes_as_it_is(corpus):
+    with serving(corpus, LabellingHandler) as running:
+        assert texts(f"{running.url}/a.jsonl.gz") == TEXTS
 
 
 def test_query_of_an_address_does_not_hide_the_kind_of_file(ranges):

@@ -105,6 +105,11 @@ def test_sources_that_do_not_exist_or_are_of_an_unknown_kind_are_named(tmp_path)
     assert "a.docx: unknown kind of file; known: .txt, .jsonl" in error_of(tmp_path / "a.docx")
     assert "empty: holds no file of a known kind (.txt, .jsonl" in error_of(tmp_path / "empty")
     assert "data.build.sources is empty" in error_of()
+    assert "gs://bucket/a.txt: unknown kind of address; known: http://, https://, s3://" in error_of(
+        "gs://bucket/a.txt"
+    )
+    with pytest.raises(DataError, match="unknown kind of file"):
+        scan(str(tmp_path / "a.docx"), SETTINGS, 100)
     (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
     assert "broken.txt: is not there" in error_of(tmp_path / "broken.txt")
 
