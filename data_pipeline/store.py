@@ -43,6 +43,7 @@ FIRST_WAIT_SECONDS = 0.5  # after a failed transfer; doubled each time
 END_SECONDS = 2  # for the transfers of a process that ends
 POLL_SECONDS = 0.1  # while other processes' transfers fill the cache
 
+_open_locks: set[int] = set()  # descriptors of this process
 Entry = dict[str, Any]  # of a manifest: file, bytes, xxh3_128 and more
 
 
@@ -76,6 +77,7 @@ class Cache:
         self._pid, self._transfers = os.getpid(), dict[str, Future[Path]]()
         self._is_ending = threading.Event()
         atexit.register(self._end)
+        os.register_at_fork(after_in_child=_close_inherited_locks)
         with self._local_errors():
             self.path.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.root)
@@ -241,6 +243,7 @@ def locked(path: Path, wait: bool = True, remove: bool = True) -> Iterator[int]:
     """
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        _open_locks.add(lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _inode(path) != os.fstat(lock).st_ino:
@@ -252,7 +255,15 @@ def locked(path: Path, wait: bool = True, remove: bool = True) -> Iterator[int]:
                 if remove:
                     path.unlink(missing_ok=True)
         finally:
+            _open_locks.discard(lock)
             os.close(lock)
+
+
+def _close_inherited_locks() -> None:
+    """In a forked child: a lock lasts until all processes have closed it, and the child may outlive a killed parent."""
+    for lock in _open_locks:
+        os.close(lock)
+    _open_locks.clear()
 
 
 def remove_leftovers(root: Path) -> None:

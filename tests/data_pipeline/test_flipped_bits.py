@@ -13,7 +13,7 @@ from data_pipeline.shards import BLOCK_BYTES, DataError, open_dataset, verify_da
 from data_pipeline.tokenizer import fingerprint, make_tokenizer, save_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog"
-NUM_DOCUMENTS, ROW = 100, 257
+NUM_DOCUMENTS, ROW = 4000, 257
 SHARDS = ["shard-00000.tokens", "shard-00001.tokens"]
 # Bits flipped in each part of the shards; all bytes of the other files, and all bits of the manifest
 IN_TOKENS, IN_ENDS, IN_SUMS = 150, 100, 40
@@ -30,7 +30,7 @@ def directory(tmp_path_factory) -> Path:
     (folder / "stages.json").write_text('{"quality": {"seen": 1000, "dropped": 7}}')
     entries = []
     for name in SHARDS:
-        lengths = rng.integers(1, 1000, NUM_DOCUMENTS)
+        lengths = rng.integers(1, 40, NUM_DOCUMENTS)
         lengths[0] += (1 - lengths.sum()) % 4  # in tokens, of 2 bytes
         ids = rng.integers(0, tokenizer.get_vocab_size(), lengths.sum())
         entries.append(write_shard(folder / name, [(ids, lengths)], tokenizer.get_vocab_size()))
@@ -74,15 +74,23 @@ def flipped(file: Path, byte: int, bit: int, check: Callable[[], None]) -> None:
             opened.write(original)
 
 
-def assert_unreadable(directory: Path, file: Path) -> None:
+def assert_unreadable(directory: Path, file: Path, byte: int | None = None) -> None:
     with pytest.raises(DataError) as caught:
         read_all(directory)
     assert f"{file}: " in str(caught.value)
+    assert byte is None or holds(str(caught.value), byte)
 
 
-def assert_named_by_verify(directory: Path, file: Path) -> None:
+def assert_named_by_verify(directory: Path, file: Path, byte: int | None = None) -> None:
     faults = verify_dataset(directory)
     assert len(faults) == 1 and f"{file}: " in faults[0]
+    assert byte is None or holds(faults[0], byte)
+
+
+def holds(message: str, byte: int) -> bool:
+    """Whether the stretch of bytes that a message names is where the damage is."""
+    first, last = message.partition("between bytes ")[2].partition(";")[0].split(" and ")
+    return int(first) <= byte <= int(last) < int(first) + BLOCK_BYTES
 
 
 def test_intact_directory_has_no_faults_and_every_byte_is_read(directory):
@@ -118,14 +126,8 @@ def test_bits_of_shards_count(directory, name, part):
     count = {"tokens": IN_TOKENS, "ends": IN_ENDS}.get(part, IN_SUMS)
     chosen = {(int(rng.choice(places)), int(rng.integers(8))) for _ in range(count)} | {(places[0], 0), (places[-1], 7)}
     for byte, bit in chosen:
-        flipped(file, byte, bit, lambda: assert_unreadable(directory, file))
-        flipped(file, byte, bit, lambda byte=byte: assert_range_holds(directory, file, byte))
-
-
-def assert_range_holds(directory: Path, file: Path, byte: int) -> None:
-    assert_named_by_verify(directory, file)
-    first, last = verify_dataset(directory)[0].partition("between bytes ")[2].partition(";")[0].split(" and ")
-    assert int(first) <= byte <= int(last)
+        flipped(file, byte, bit, lambda byte=byte: assert_unreadable(directory, file, byte))
+        flipped(file, byte, bit, lambda byte=byte: assert_named_by_verify(directory, file, byte))
 
 
 def test_what_is_read_beside_damage_is_what_was_written(directory):

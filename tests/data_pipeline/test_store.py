@@ -404,18 +404,44 @@ def test_failed_prefetch_is_told_when_the_shard_is_used(server, tmp_path, waits)
         data.tokens(0, 10)
 
 
-def test_forked_process_transfers_with_threads_of_its_own(corpus, server, tmp_path):
+def test_process_forked_during_a_transfer_goes_on_by_itself(corpus, server, tmp_path):
     data = open_dataset(f"{server.url}/train", config(tmp_path))
+    server.drip_seconds = 0.1
     data.prefetch([0])
-    data.tokens(0, 10)
+    wait_until(lambda: server.count(SHARDS[0]))
     child = os.fork()
-    if child == 0:
+    if child == 0:  # without threads, and without the lock
         data.prefetch([1])
         wait_until(lambda: SHARDS[1] in cached(tmp_path))
-        data.tokens(2 * SHARD_TOKENS, 2 * SHARD_TOKENS + 10)
-        os._exit(0)
-    wait_until(lambda: os.waitpid(child, os.WNOHANG)[0] == child, seconds=30)
-    assert set(SHARDS[:3]) <= set(cached(tmp_path))
+        os._exit(0 if len(data.tokens(0, SHARD_TOKENS + 10)) == SHARD_TOKENS + 10 else 1)
+    status: list[int] = []
+    wait_until(lambda: (ended := os.waitpid(child, os.WNOHANG))[0] == child and not status.append(ended[1]))
+    assert status == [0]
+    assert [server.count(name) for name in SHARDS[:2]] == [1, 1]
+
+
+def test_lock_of_a_killed_process_does_not_live_on_in_its_children(server, tmp_path):
+    server.drip_seconds = 1
+    code = (
+        "import os, time; from configs.schema import CacheConfig; from data_pipeline.shards import open_dataset\n"
+        f"data = open_dataset('{server.url}/train', CacheConfig(dir={str(tmp_path / 'cache')!r}))\n"
+        "data.prefetch([0])\n"
+        "time.sleep(0.5)\n"
+        "child = os.fork()\n"
+        "if child: print(child, flush=True)\n"
+        "time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    try:
+        server.drip_seconds = 0
+        assert len(open_dataset(f"{server.url}/train", config(tmp_path)).tokens(0, 10)) == 10
+        os.kill(child, 0)  # it still runs
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_cache_that_cannot_be_written_is_named(server, tmp_path):
