@@ -1,5 +1,6 @@
 """One reader per format: `scan_X` cuts a file into pieces, `read_X` gives the documents of pieces of one file.
 
+Here are jsonl, txt and docstrings; table_readers.py has parquet and `datasets`, warc_reader.py has web archives.
 Every reader passes over its file once, forward, in memory that does not depend on the file's size, and gives documents
 in batches; in the place of one it cannot use stands a sentence saying what is wrong.
 """
@@ -39,11 +40,11 @@ class Piece:
     """A part of a file that can be read by itself."""
 
     file: str
-    start: int  # lines: byte of the decompressed content at which a line starts; parquet, datasets: row
+    start: int  # byte of the decompressed content at which a line or web record starts; parquet, datasets: row
     stop: int  # the same, exclusive
     num_bytes: int  # of text, about
     first_line: int = 0  # lines: the number of the line at `start`; 0: not known
-    frame_at: int = 0  # lines: a byte of the file from which it can be decompressed,
+    frame_at: int = 0  # a byte of the file from which it can be decompressed,
     frame_start: int = 0  # and the byte of the content there; at most `start`
     stamp: str = ""  # the file's size and time when it was scanned
 

@@ -66,7 +66,8 @@ def find_files(sources: list[str]) -> list[str]:
         if source == DOCSTRINGS:
             found.append(source)
         elif remote_sources.is_remote(source):
-            matches = remote_sources.find(source, SUFFIXES)
+            with _naming(source):
+                matches = remote_sources.find(source, SUFFIXES)
             found += _without_twins(source, [_known(match) for match in matches])
         else:
             found += _without_twins(source, _find_local(source))
@@ -178,6 +179,8 @@ def _naming(file: str) -> Iterator[None]:
         raise DataError(f"{file}: is not there (any more); put it back or change data.build.sources") from error
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except ImportError as error:
+        raise DataError(f"{file}: a package to read it is missing ({error}); install it") from error
 
 
 def _format(file: str) -> tuple[Callable, Callable]:

@@ -6,8 +6,10 @@ import gzip
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -166,6 +168,16 @@ def test_file_without_permission_is_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=f"{file}: cannot be read \\(Permission denied\\)"):
         scan(str(file), SETTINGS, 100)
     assert stat.S_IMODE(file.stat().st_mode) == 0
+
+
+@pytest.mark.parametrize(("source", "package"), [("s3://bucket/a.jsonl", "s3fs"), ("a.warc", "fastwarc.warc")])
+def test_package_that_is_missing_is_named(tmp_path, monkeypatch, source, package):
+    monkeypatch.chdir(tmp_path)
+    Path("a.warc").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)  # which another test may have imported
+    with pytest.raises(DataError, match=f"{source}: a package to read it is missing .*{package}"):
+        [scan(file, SETTINGS, 100) for file in find_files([source])]
 
 
 def scanned(tmp_path: Path, name: str = "a.jsonl") -> tuple[Path, list[sources.Piece]]:
