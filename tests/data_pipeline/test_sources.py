@@ -9,11 +9,11 @@ import stat
 import sys
 from pathlib import Path
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import zstandard
+from fsspec.registry import _registry
 
 from configs.schema import BuildConfig
 from data_pipeline import sources
@@ -175,7 +175,7 @@ def test_package_that_is_missing_is_named(tmp_path, monkeypatch, source, package
     monkeypatch.chdir(tmp_path)
     Path("a.warc").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)  # which another test may have imported
+    monkeypatch.delitem(_registry, "s3", raising=False)  # which another test may have imported
     with pytest.raises(DataError, match=f"{source}: a package to read it is missing .*{package}"):
         [scan(file, SETTINGS, 100) for file in find_files([source])]
 
