@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from configs.load import ConfigError
 from configs.schema import CleanConfig
 from data_pipeline import quality
-from data_pipeline.language import NO_LANGUAGE, identify, known_languages
+from data_pipeline.language import NO_LANGUAGE, identify, known_languages, score_together
 from data_pipeline.tally import EXAMPLE_CHARACTERS, Tally
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ _ELEMENTS = (
     "samp|script|section|select|small|span|strike|strong|style|sub|sup|svg|table|tbody|td|textarea|tfoot|th|thead|title|"
     "tr|tt|u|ul|var|video"
 )
-_TAG = re.compile(rf"<(?:/?(?:{_ELEMENTS})(?:\s[^<>]*)?/?>|!--|!doctype\b)", re.IGNORECASE)
+_TAG = re.compile(rf"<(?=[a-z/!])(?:/?(?:{_ELEMENTS})(?:\s[^<>]*)?/?>|!--|!doctype\b)", re.IGNORECASE)
 _PAGE = re.compile(r"<(?:!doctype|html|head|body|frameset)\b", re.IGNORECASE)
 _BLOCK = re.compile(r"<(?:br|p|div|li|tr|pre|h[1-6]|blockquote|table|dd|hr)\b", re.IGNORECASE)
 _NO_TAG = re.compile(rf"<(?!/?(?:{_ELEMENTS}|[a-z]+:[a-z]+)\b|!--|!doctype\b)", re.IGNORECASE)
@@ -217,10 +217,12 @@ def _unicode_stage(text: str, tally: Tally, form: Literal["NFC", "NFKC"]) -> str
 
 def _language_stage(text: str, tally: Tally, languages: frozenset[str], min_score: float) -> str | None:
     code, score = identify(text)
-    if score < min_score:
-        tally.drop("language: uncertain", _example(f"{code} {score:.2f}", text))
-    elif code == NO_LANGUAGE:
+    if score < min_score and code in languages and len(languages) > 1:
+        score = score_together(text, languages)
+    if code == NO_LANGUAGE:
         tally.drop("language: none (numbers, markup, code)", text)
+    elif score < min_score:
+        tally.drop("language: uncertain", _example(f"{code} {score:.2f}", text))
     elif code not in languages:
         tally.drop(f"language: {code}", text)
     else:
