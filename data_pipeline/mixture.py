@@ -10,7 +10,8 @@ the node's weight). In a Huffman tree W grows from leaf to root at least like th
 nodes that are joined were the lightest, so the next one to join them weighs no less than either. The sum is at most
 3.36, which makes 1.68 samples, 1/2 with two sources; over a stretch, the difference of two such counts, twice that.
 Tijdeman's chairman assignment (1980) stays below 1, but needs a table as long as the weights' common denominator; here
-weights are exact to 2^-31, and when they change, what a source is owed is carried over.
+weights are exact to 2^-31, and when they change, what a source is owed is carried over. (The tree stays that of the
+first weights; later ones keep to 1/2 a split, not to the Fibonacci numbers.)
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def make_mixture(stages: Sequence[tuple[int, Sequence[float]]]) -> Mixture:
     weights = np.array([stage_weights for _, stage_weights in stages], dtype=np.float64)  # (stages, sources)
     weights /= weights.sum(axis=1, keepdims=True)
     num_sources = weights.shape[1]
-    children = _huffman(weights.mean(axis=0))
+    children = _huffman(weights[0])  # of nothing later: what has been seen stays, whatever is planned anew
     starts = np.array([start for start, _ in stages], dtype=np.int64)
     shares = _left_shares(children, weights)
     empty = np.zeros(shares.shape, dtype=np.int64)

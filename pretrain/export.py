@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from configs.load import ConfigError, load_pretrain
 from configs.schema import PretrainConfig
+from data_pipeline.samples import tokens_before
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoint, CheckpointError
 from pretrain.metrics import read_metrics
@@ -97,7 +98,7 @@ def export(config: PretrainConfig, found: Checkpoint, run_dir: Path, output: Pat
     model = load_model(config, found, len(tokenizer))
     (aside / "config.json").write_text(json.dumps(hf.hf_config(model.shape, tokenizer.eos_token_id), indent=2))
     write_weights(found, config.model.architecture, aside)
-    difference, largest = compare_logits(model, aside, len(tokenizer), config.train.seq_len)
+    difference, largest = compare_logits(model, aside, len(tokenizer), config.train.longest_seq_len)
     if config.model.architecture == "bert":
         write_encoder(found, aside, run_dir / "tokenizer")
     (aside / "README.md").write_text(model_card(config, found, run_dir, model), encoding="utf-8")
@@ -116,7 +117,7 @@ def export(config: PretrainConfig, found: Checkpoint, run_dir: Path, output: Pat
 
 def load_model(config: PretrainConfig, found: Checkpoint, vocab_size: int) -> GPT | Bert:
     """The training model in fp32 on the CPU, filled from the checkpoint."""
-    model = build_model(config.model, vocab_size, config.train.seq_len)
+    model = build_model(config.model, vocab_size, config.train.longest_seq_len)
     weight = checkpoint.weights(found)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -220,8 +221,8 @@ def model_card(config: PretrainConfig, found: Checkpoint, run_dir: Path, model: 
         f"{shape.vocab_size:,}, {sum(p.numel() for p in model.parameters()):,} parameters",
         step=found.step,
         num_steps=train.num_steps,
-        tokens=found.step * train.global_batch_size * train.seq_len,
-        seq_len=train.seq_len,
+        tokens=tokens_before(train, found.step),
+        seq_len=train.longest_seq_len,
         batch=train.global_batch_size,
         lr=train.optimizer.lr,
         schedule=train.schedule.type,

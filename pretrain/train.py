@@ -22,6 +22,7 @@ import torch
 from configs.deepspeed_json import deepspeed_json
 from configs.load import ConfigError, dump, load_pretrain
 from configs.schema import PretrainConfig
+from data_pipeline.samples import tokens_before
 from data_pipeline.shards import DataError
 from data_pipeline.stream import Stream, open_stream
 from pretrain import checkpoint, engine, runtime
@@ -53,7 +54,7 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
     run_dir = prepare_run_dir(config, data, ranks)
     runtime.seed_all(config.train.seed)
     model = engine.initialize(
-        lambda: build_model(config.model, data.vocab_size, config.train.seq_len),
+        lambda: build_model(config.model, data.vocab_size, config.train.longest_seq_len),
         config.train.optimizer,
         deepspeed_json(config, ranks.world_size),
     )
@@ -76,6 +77,7 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
         if step < config.train.num_steps:
             print(f"stopped at step {step}, which is saved; the same command goes on from it")
     ranks.barrier()  # a rank that leaves while another still works takes the connection with it
+    data.close()
     engine.close(model)
     return 0 if step == config.train.num_steps else 128 + (stop.signal or 15)
 
@@ -99,25 +101,28 @@ def train_step(config: PretrainConfig, model: Any, data: Stream, step: int, rank
     losses = mean_losses(sum_over_ranks(totals, ranks), counts)
 
     seconds = time.perf_counter() - started
-    tokens = config.train.global_batch_size * config.train.seq_len
+    before, after = tokens_before(config.train, step), tokens_before(config.train, step + 1)
     return {
         "step": step + 1,
         **losses,
         "lr": lr,
         "grad_norm": engine.grad_norm(model),
-        "tokens": (step + 1) * tokens,
-        "tokens_per_second": tokens / seconds,
+        "tokens": after,
+        "tokens_per_second": (after - before) / seconds,
         "step_seconds": seconds,
     }
 
 
 @torch.no_grad()
 def evaluate(config: PretrainConfig, model: Any, validation: Stream, step: int, ranks: Runtime) -> dict[str, float]:
-    """Mean losses over the same held-out samples each time; the perplexity is of the token loss, without NSP."""
+    """Mean losses over the same held-out samples each time, as long as seq_len stays.
+
+    The perplexity is of the token loss, without NSP.
+    """
     model.eval()
     totals: dict[str, Any] = {}
     counts: dict[str, Any] = {}
-    for batch in validation.eval_batches(config.eval.num_samples, ranks.rank, ranks.world_size):
+    for batch in validation.eval_batches(step, config.eval.num_samples, ranks.rank, ranks.world_size):
         for name, loss in model(**runtime.to_device(batch, ranks.device)).items():
             totals[name] = totals.get(name, 0.0) + loss
         for name, count in count_targets([batch]).items():
@@ -158,7 +163,9 @@ def prepare_run_dir(config: PretrainConfig, data: Stream, ranks: Runtime) -> Pat
 
 
 def only_tokenizer_files(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if name == "manifest.json" or name.endswith(".tokens")]
+    """What of a dataset directory is not copied: its manifest, shards, reports, and what a cache keeps there."""
+    others = (".tokens", ".html", "manifest.json", "stages.json")
+    return [name for name in names if name.startswith(".") or name.endswith(others)]
 
 
 def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, ranks: Runtime) -> int:
@@ -174,31 +181,32 @@ def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, rank
         raise CheckpointError(f"{run_dir}: the ranks see different newest checkpoints: steps {steps}")
     if found is None:
         return 0
-    for name, now in order_facts(config, data).items():
-        if found.facts[name] != now:
-            raise ConfigError(
-                f"{found.path}: was written with {name}={found.facts[name]}, now it is {now}; the order of the samples "
-                f"would change in the middle of the run. Restore it, or start a new run_dir"
-            )
+    check_order(found, data.facts(found.step))
     engine.load_fragments(model, checkpoint.reader(found), found.step)
     say(f"going on from {found.path}")
     return found.step
 
 
+def check_order(found: checkpoint.Checkpoint, facts: dict[str, Any]) -> None:
+    """Raises ConfigError unless the samples up to this checkpoint are a function of the same `facts` as before."""
+    for name in sorted(facts.keys() | found.facts.keys()):
+        if name not in found.facts:
+            raise ConfigError(
+                f"{found.path}: does not say what {name} was (now it is {facts[name]}): it was written by another "
+                f"version of millstream. Go on with that version, or start a new run_dir"
+            )
+        before, now = found.facts[name], facts.get(name)
+        if before != now:
+            raise ConfigError(
+                f"{found.path}: was written with {name}={before}, now it is {now}; the order of the samples would "
+                f"change in the middle of the run. Restore it, or start a new run_dir"
+            )
+
+
 def save(config: PretrainConfig, model: Any, data: Stream, step: int, run_dir: Path, ranks: Runtime) -> None:
-    checkpoint.save(run_dir, step, engine.fragments(model), order_facts(config, data), ranks)
+    checkpoint.save(run_dir, step, engine.fragments(model), data.facts(step), ranks)
     if ranks.is_first:
         checkpoint.remove_old(run_dir, config.checkpoint.keep_last)
-
-
-def order_facts(config: PretrainConfig, data: Stream) -> dict[str, Any]:
-    """What the order of the samples is a function of, besides the step."""
-    return {
-        "seed": config.train.seed,
-        "dataset": data.dataset.fingerprint,
-        "global_batch_size": config.train.global_batch_size,
-        "seq_len": config.train.seq_len,
-    }
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ ENTRY_FILES = {
 }
 PURE = {
     "data_pipeline.order",
+    "data_pipeline.mixture",
     "data_pipeline.pack",
     "data_pipeline.mask",
     "configs.deepspeed_json",

@@ -1,152 +1,250 @@
-"""Batches of any step on any rank: the same global batch however it is divided; what does not fit is named."""
+"""Batches of any step on any rank: the same global batch however it is divided and made; found at once; errors."""
 
 from __future__ import annotations
 
-import json
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
+import xxhash
 
-from configs.load import ConfigError, load_pretrain
+from configs.load import ConfigError
 from configs.schema import PretrainConfig
-from data_pipeline import build
-from data_pipeline.shards import DataError
+from data_pipeline.mapped_shard import BLOCK_BYTES
+from data_pipeline.shards import DataError, write_manifest
 from data_pipeline.stream import Stream, open_stream
+from tests.data_pipeline.token_datasets import bert_config, gpt_config, lengths, write_dataset
 
-BERT_KINDS = {
-    "bert-no-nsp": "data.masking.pairs=none",
-    "bert-sop": "data.masking.pairs=sop",
-    "bert-whole-words": "data.masking.unit=word",
-    "bert-spans": "data.masking.unit=span",
-}
-KINDS = ["gpt", "bert", *BERT_KINDS]
+KINDS = ["gpt", "gpt-mixture", "gpt-best-fit", "bert", "bert-spans"]
+STEPS = [0, 1, 2, 5, 6, 7, 8, 170]  # the mixture changes at step 2, its length at step 7; 170 is in the next block
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    words = np.array(["sun", "moonlight", "river", "stones", "a", "king", "running", "sings", "slowly"])
-    lines = []
-    for _ in range(200):
-        sentences = [" ".join(rng.choice(words, 7)) + "." for _ in range(rng.integers(2, 9))]
-        lines.append(json.dumps({"text": " ".join(sentences)}))
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for number, name in enumerate(("a", "b")):
+        for split, documents in (("train", 200), ("validation", 20)):
+            write_dataset(folder / name / split, [lengths(number, documents), lengths(number + 5, documents)])
+    bert_config(folder / "bert")
     return folder
 
 
-def settings(corpus: Path, kind: str, *overrides: str) -> PretrainConfig:
-    architecture = kind.split("-")[0]
-    config = corpus / f"{architecture}.yaml"
-    config.write_text(
-        f"run_dir: unused\nmodel: {{architecture: {architecture}}}\n"
-        f"data:\n  dir: {corpus}/{architecture}\n  build:\n    sources: [{corpus}/corpus.jsonl]\n"
-        f"    validation_fraction: 0.1\n    num_workers: 1\n"
-        f"    tokenizer: {{type: {'wordpiece' if architecture == 'bert' else 'byte_bpe'}, vocab_size: 300}}\n"
-        "train: {seq_len: 32, global_batch_size: 8, micro_batch_size: 2}\n"
-    )
-    return load_pretrain(config, [*([BERT_KINDS[kind]] if kind in BERT_KINDS else []), *overrides])
+def settings(folder: Path, kind: str, num_workers: int = 0, **train: Any) -> PretrainConfig:
+    data: dict[str, Any] = {"num_workers": num_workers}
+    if kind.startswith("bert"):
+        unit = "span" if kind == "bert-spans" else "token"
+        return bert_config(folder / "bert", data | {"masking": {"unit": unit, "short_probability": 0.1}}, train)
+    if kind == "gpt-best-fit":
+        data["packing"] = "best_fit"
+    if kind == "gpt-mixture":
+        data["mixture"] = {
+            name: {"dir": str(folder / name), "weight": weight} for name, weight in {"a": 3, "b": 1}.items()
+        }
+        data["mixture_schedule"] = [{"from_step": 2, "weights": {"a": 1, "b": 3}, "ramp_steps": 3}]
+        train = {"phases": [{"from_step": 7, "seq_len": 32}]} | train
+    return gpt_config(folder / "a", data, train)
 
 
-@pytest.fixture(params=KINDS)
-def stream(request, corpus) -> Stream:
-    config = settings(corpus, request.param)
-    build.build(config, Console(quiet=True))
-    return open_stream(config, "train")
-
-
-def rows(stream: Stream, step: int, world_size: int) -> dict[str, torch.Tensor]:
-    """The global batch of a step, put together from all ranks' micro batches."""
-    batches = [batch for rank in range(world_size) for batch in stream._make(step, rank, world_size)]
+def global_batch(stream: Stream, step: int, world_size: int) -> dict[str, torch.Tensor]:
+    batches = [batch for rank in range(world_size) for batch in stream.micro_batches(step, rank, world_size)]
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_global_batch_is_the_same_on_any_number_of_ranks(stream, world_size):
-    for step in (0, 1, 17):
-        alone, shared = rows(stream, step, 1), rows(stream, step, world_size)
-        assert all(torch.equal(alone[name], shared[name]) for name in alone)
+def wait_for_workers(stream: Stream) -> None:
+    deadline = time.monotonic() + 120
+    while len(stream._ahead._ready) < len(stream._ahead.workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-def test_prefetch_changes_nothing_and_steps_can_be_asked_in_any_order(stream):
-    for step in (0, 1, 2, 9, 3, 3):
-        fetched, made = stream.micro_batches(step, 1, 2), stream._make(step, 1, 2)
-        for a, b in zip(fetched, made, strict=True):
-            assert all(torch.equal(a[name], b[name]) for name in a)
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
-def test_eval_batches_are_the_same_every_time_and_cover_each_sample_once(stream):
-    passes = []
-    for world_size in (1, 1, 2):
-        count = 0
-        for rank in range(world_size):
-            count += sum(int((b["labels"] != -100).sum()) for b in stream.eval_batches(21, rank, world_size))
-        passes.append(count)
-    assert passes[0] == passes[1] == passes[2] > 0
-    lengths = {len(list(stream.eval_batches(21, rank, 2))) for rank in range(2)}
-    assert len(lengths) == 1  # ranks that had different numbers of batches would wait for each other for ever
+@pytest.mark.parametrize("kind", KINDS)
+def test_global_batch_is_the_same_for_any_ranks_and_workers_also_after_a_resume(folder, kind):
+    alone = open_stream(settings(folder, kind), "train")
+    expected = {step: global_batch(alone, step, 1) for step in STEPS}
+    assert all(batch["input_ids"].shape[0] == 24 for batch in expected.values())
+    assert not same(expected[0], expected[1])
+    for num_workers in (0, 1, 4):
+        stream = open_stream(settings(folder, kind, num_workers), "train")
+        try:
+            wait_for_workers(stream)
+            for world_size in (1, 2, 3, 4, 8):
+                # asked in order, so that workers have made them; the jumps are resumes
+                ranks = [[stream.micro_batches(step, rank, world_size) for step in STEPS] for rank in range(world_size)]
+                for place, step in enumerate(STEPS):
+                    batches = [batch for rank in ranks for batch in rank[place]]
+                    made = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+                    assert same(made, expected[step]), (num_workers, world_size, step)
+        finally:
+            stream.close()
 
 
-def test_rows_are_well_formed(stream):
-    batch = rows(stream, 0, 1)
-    ids, labels = batch["input_ids"], batch["labels"]
-    assert ids.shape == labels.shape == (8, 32)
-    assert int(ids.min()) >= 0 and int(ids.max()) < stream.vocab_size
-    if stream.is_bert:
-        assert (ids[:, 0] == stream.vocabulary.cls_id).all()
-        real = batch["segment_ids"] == 1
-        assert (labels[~real] == -100).all()
-        assert ((ids == stream.vocabulary.mask_id) <= (labels != -100)).all()
-    else:
-        same_document = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
-        assert torch.equal(labels[:, :-1][same_document], ids[:, 1:][same_document])
-        assert (labels[:, :-1][~same_document] == -100).all()
+def test_micro_batch_size_does_not_change_the_rows(folder):
+    streams = [open_stream(settings(folder, "gpt-mixture", micro_batch_size=size), "train") for size in (1, 3, 24)]
+    for step in (0, 3, 8):
+        one, three, all_at_once = (global_batch(stream, step, 1) for stream in streams)
+        assert same(one, three) and same(one, all_at_once)
 
 
-def test_masking_differs_between_epochs_and_repeats_for_the_same_step(corpus):
-    stream = open_stream(settings(corpus, "bert"), "train")
-    sample = 3
-    draws = (5, 5, 5 + stream.num_samples)
-    first, again, later = (stream._rows(np.array([sample]), "train", np.array([draw])) for draw in draws)
-    assert np.array_equal(first["input_ids"], again["input_ids"])
-    assert not np.array_equal(first["labels"], later["labels"])
+def test_steps_made_ahead_are_those_asked_for_whatever_the_order(folder):
+    stream, other = (open_stream(settings(folder, "gpt"), "train") for _ in range(2))
+    for step in (0, 1, 2, 9, 3, 3, 4):
+        assert same(
+            global_batch(stream, step, 1),
+            {
+                name: torch.from_numpy(
+                    np.concatenate([batch[name] for batch in other.samples.micro_batches(step, 0, 1)])
+                )
+                for name in ("input_ids", "labels", "segment_ids", "position_ids")
+            },
+        )
 
 
-def test_fewer_samples_than_one_global_batch_is_an_error(corpus):
-    config = settings(corpus, "gpt", "train.global_batch_size=100000")
+def test_changing_a_batch_changes_no_other_one(folder):
+    stream = open_stream(settings(folder, "gpt"), "train")
+    before = {name: tensor.clone() for name, tensor in stream.micro_batches(3, 0, 1)[0].items()}
+    for tensor in stream.micro_batches(3, 0, 1)[0].values():
+        tensor.zero_()
+    assert same(stream.micro_batches(3, 0, 1)[0], before)
+
+
+def test_bert_masking_differs_between_epochs(folder):
+    stream = open_stream(settings(folder, "bert", global_batch_size=1), "train")
+    num_samples = stream.samples.phases[0].rows[0].num_rows
+    numbers = [stream.samples._chosen(stream.samples.phases[0], place, 1)[1] for place in range(2 * num_samples)]
+    first = 3
+    again = next(place for place in range(num_samples, 2 * num_samples) if numbers[place] == numbers[first])
+    one, other = stream.micro_batches(first, 0, 1)[0], stream.micro_batches(again, 0, 1)[0]
+    assert not torch.equal(one["labels"], other["labels"])
+
+
+def test_bert_rows_are_well_formed(folder):
+    stream = open_stream(settings(folder, "bert"), "train")
+    batch = global_batch(stream, 0, 1)
+    real = batch["segment_ids"] == 1
+    assert batch["input_ids"].shape == (24, 32) and int(batch["input_ids"].max()) < stream.vocab_size
+    assert len(batch["input_ids"][:, 0].unique()) == 1  # [CLS]
+    assert (batch["labels"][~real] == -100).all() and (batch["labels"] != -100).any(dim=1).all()
+
+
+def test_bert_length_grows_from_phase_to_phase_out_of_one_dataset(folder):
+    stream = open_stream(settings(folder, "bert", phases=[{"from_step": 3, "seq_len": 64}]), "train")
+    assert [stream.micro_batches(step, 0, 1)[0]["labels"].shape[1] for step in range(5)] == [32, 32, 32, 64, 64]
+
+
+def test_unpadded_batches_are_the_same_tokens_for_any_number_of_ranks(folder):
+    config = settings(folder, "bert")
+    unpadded = config.model_copy(update={"data": config.data.model_copy(update={"unpad": True})})
+    stream, padded = open_stream(unpadded, "train"), open_stream(config, "train")
+    real = global_batch(padded, 5, 1)
+    expected = real["input_ids"][real["segment_ids"] > 0]
+    for world_size in (1, 3, 8):
+        batches = [batch for rank in range(world_size) for batch in stream.micro_batches(5, rank, world_size)]
+        assert torch.equal(torch.cat([batch["input_ids"][0] for batch in batches]), expected)
+        assert all(batch["cu_seqlens"][-1] == batch["input_ids"].shape[1] for batch in batches)
+
+
+def test_damaged_data_are_an_error_of_the_step_that_uses_them(tmp_path):
+    dataset = write_dataset(tmp_path / "train", [lengths(1, 3000)])
+    file = tmp_path / "train/shard-00000.tokens"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    stream = open_stream(gpt_config(tmp_path), "train")
+    with pytest.raises(DataError, match=r"shard-00000.tokens: is damaged between bytes"):
+        for step in range(dataset.num_tokens // 16 // 24):
+            stream.micro_batches(step, 0, 1)
+
+
+def test_fewer_samples_than_one_global_batch_is_an_error(folder):
+    config = settings(folder, "gpt", global_batch_size=100_000)
     with pytest.raises(ConfigError, match=r"fewer than one global batch of 100000; add text, or lower"):
         open_stream(config, "train")
 
 
-def test_sample_longer_than_the_held_out_text_is_an_error(corpus):
-    config = settings(corpus, "gpt", "train.seq_len=200000", "train.global_batch_size=1", "train.micro_batch_size=1")
+def test_sample_longer_than_the_held_out_text_is_an_error(folder):
     with pytest.raises(ConfigError, match=r"fewer than one sample of 200000; raise data.build.validation_fraction"):
-        open_stream(config, "validation")
+        open_stream(settings(folder, "gpt", seq_len=200_000), "validation")
 
 
-def test_batch_that_does_not_divide_over_the_ranks_is_an_error(corpus):
-    stream = open_stream(settings(corpus, "gpt"), "train")
-    with pytest.raises(ConfigError, match=r"a global batch of 8 samples does not divide .* on 3 ranks"):
-        stream.micro_batches(0, 0, 3)
+def test_batch_that_does_not_divide_over_the_ranks_is_an_error(folder):
+    stream = open_stream(settings(folder, "gpt"), "train")
+    with pytest.raises(ConfigError, match=r"a global batch of 24 samples does not divide .* on 5 ranks"):
+        stream.micro_batches(0, 0, 5)
 
 
-def test_tokenizer_that_is_not_the_datasets_is_an_error_and_stays_on_disk(corpus):
-    config = settings(corpus, "gpt")
-    file = Path(config.data.dir) / "train/tokenizer.json"
-    original = file.read_text()
-    try:
-        file.write_text(original.replace('"<|endoftext|>"', '"<|stop|>"'))
-        with pytest.raises(DataError, match=r"tokenizer.json: has .* it is truncated or was changed; copy it again"):
-            open_stream(config, "train")
-    finally:
-        file.write_text(original)
-    open_stream(config, "train")
-
-
-def test_bert_on_a_dataset_without_its_special_tokens_is_an_error(corpus):
-    config = settings(corpus, "gpt", "model.architecture=bert")
-    with pytest.raises(ConfigError, match=r"data.build.tokenizer.type=wordpiece"):
+def test_tokenizer_that_is_not_the_datasets_is_an_error(tmp_path):
+    config = bert_config(tmp_path)
+    file = tmp_path / "train/tokenizer.json"
+    file.write_text(file.read_text().replace('"[MASK]"', '"[HIDE]"'))
+    with pytest.raises(DataError, match=r"tokenizer.json: is damaged or was changed after the build"):
         open_stream(config, "train")
+
+
+def test_bert_on_a_dataset_without_its_special_tokens_is_an_error(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    (tmp_path / "train").mkdir()
+    Tokenizer(models.BPE()).save(str(tmp_path / "train/tokenizer.json"))
+    content = (tmp_path / "train/tokenizer.json").read_bytes()
+    (tmp_path / "train/tokenizer.json").unlink()
+    (tmp_path / "train").rmdir()
+    write_dataset(tmp_path / "train", [lengths(1, 300)])
+    (tmp_path / "train/tokenizer.json").write_bytes(content)
+    config = gpt_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"data.build.tokenizer.type=wordpiece"):
+        open_stream(
+            config.model_copy(update={"model": config.model.model_copy(update={"architecture": "bert"})}), "train"
+        )
+
+
+def write_sparse(folder: Path, num_shards: int, shard_tokens: int) -> None:
+    """Shards of zeros that take no room on the disk but for the ends of their documents and the checksums."""
+    folder.mkdir(parents=True)
+    ends = np.arange(1000, shard_tokens + 1, 1000, dtype=np.uint64)
+    zeros = shard_tokens * 2 // BLOCK_BYTES
+    tail = b"\0" * (shard_tokens * 2 - zeros * BLOCK_BYTES) + ends.tobytes()
+    rest = [xxhash.xxh3_64_intdigest(tail[at : at + BLOCK_BYTES]) for at in range(0, len(tail), BLOCK_BYTES)]
+    sums = np.array([xxhash.xxh3_64_intdigest(bytes(BLOCK_BYTES))] * zeros + rest, np.uint64).tobytes()
+    entries = []
+    for number in range(num_shards):
+        path = folder / f"shard-{number:05d}.tokens"
+        with path.open("wb") as file:
+            file.seek(zeros * BLOCK_BYTES)
+            file.write(tail + sums)
+        entries.append(
+            {
+                "file": path.name,
+                "documents": len(ends),
+                "tokens": shard_tokens,
+                "bytes": path.stat().st_size,
+                "xxh3_128": "not computed",
+                "sums_xxh3_128": xxhash.xxh3_128_hexdigest(sums),
+            }
+        )
+    write_manifest(folder, entries, 50_257, "none", "test")
+
+
+def test_first_batch_of_ten_gigabytes_takes_a_fifth_of_a_second_also_at_the_end_of_the_epoch(tmp_path):
+    write_sparse(tmp_path / "train", 50, 100_000_000)
+    assert sum(file.stat().st_size for file in (tmp_path / "train").iterdir()) > 10e9
+    config = gpt_config(tmp_path, None, {"seq_len": 1024, "global_batch_size": 8, "micro_batch_size": 8})
+    last_step = int(0.9 * 5e9 / 1024 / 8)
+    for step in (0, last_step):
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            stream = open_stream(config, "train")
+            batch = stream.micro_batches(step, 0, 1)[0]
+            seconds.append(time.perf_counter() - began)
+            stream.close()
+            assert batch["input_ids"].shape == (8, 1024) and int(batch["segment_ids"].max()) >= 2
+        assert sorted(seconds)[1] < 0.2, seconds
+    assert os.stat(tmp_path / "train/shard-00000.tokens").st_blocks * 512 < 5e6
