@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -155,6 +156,11 @@ def cached(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "cache").glob("*/*"))
 
 
+def is_under_way(folder: Path, name: str) -> bool:
+    """Whether there is a begun transfer of a file."""
+    return any(found.startswith(store.PARTIAL) and found.endswith(name) for found in cached(folder))
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -204,12 +210,10 @@ def test_processes_that_need_a_shard_at_once_transfer_it_once(corpus, server, tm
 def test_transfer_of_a_killed_process_is_begun_again_and_nothing_of_it_stays(corpus, server, tmp_path):
     server.drip_seconds = 1
     other = read_elsewhere(f"{server.url}/train", tmp_path)
-    wait_until(
-        lambda: any(name.startswith(store.PARTIAL) for name in (cached(tmp_path) if other.poll() is None else []))
-    )
-    other.send_signal(signal.SIGKILL)
+    wait_until(lambda: is_under_way(tmp_path, SHARDS[0]))
+    other.kill()
     other.wait()
-    assert len([name for name in cached(tmp_path) if name.startswith(".")]) == 2  # what it left: lock and transfer
+    assert is_under_way(tmp_path, SHARDS[0])  # what it left
     server.drip_seconds = 0
     data = open_dataset(f"{server.url}/train", config(tmp_path))
     assert cached(tmp_path) == ["manifest.json", "tokenizer.json"]
@@ -220,9 +224,9 @@ def test_transfer_of_a_killed_process_is_begun_again_and_nothing_of_it_stays(cor
 def test_running_transfer_of_another_process_is_left_alone(server, tmp_path):
     server.drip_seconds = 0.2
     other = read_elsewhere(f"{server.url}/train", tmp_path)
-    wait_until(lambda: any(name.startswith(store.PARTIAL) for name in cached(tmp_path)))
+    wait_until(lambda: is_under_way(tmp_path, SHARDS[0]))
     open_dataset(f"{server.url}/train", config(tmp_path))
-    assert any(name.startswith(store.PARTIAL) for name in cached(tmp_path))
+    assert is_under_way(tmp_path, SHARDS[0])
     assert other.communicate(timeout=60)[0] and other.returncode == 0
     assert server.count(SHARDS[0]) == 1
 
@@ -354,6 +358,20 @@ def test_cache_stays_within_its_bound_and_drops_what_was_used_longest_ago(corpus
     assert server.count(SHARDS[0]) == 1
 
 
+def test_transfers_at_the_same_time_stay_within_the_bound(corpus, server, tmp_path):
+    server.drip_seconds = 0.05
+    limit = shard_bytes(corpus) + 10_000
+    data = open_dataset(f"{server.url}/train", config(tmp_path, max_bytes=limit))
+    data.prefetch([0, 1])
+    sizes = []
+    while not all(server.count(name) for name in SHARDS[:2]) or any(is_under_way(tmp_path, name) for name in SHARDS):
+        files = [path for path in (tmp_path / "cache").glob("*/*") if not path.name.startswith(store.LOCK)]
+        with contextlib.suppress(FileNotFoundError):  # a transfer that got its name meanwhile
+            sizes.append(sum(path.stat().st_size for path in files))
+        time.sleep(0.01)
+    assert shard_bytes(corpus) < max(sizes) <= limit
+
+
 def test_removed_shard_is_unmapped_so_that_its_bytes_are_free(corpus, server, tmp_path):
     data = open_dataset(f"{server.url}/train", config(tmp_path, max_bytes=shard_bytes(corpus) + 10_000))
     for number in range(NUM_SHARDS):
@@ -405,15 +423,16 @@ def test_failed_prefetch_is_told_when_the_shard_is_used(server, tmp_path, waits)
 
 
 def test_process_forked_during_a_transfer_goes_on_by_itself(corpus, server, tmp_path):
-    data = open_dataset(f"{server.url}/train", config(tmp_path))
+    data = open_dataset(f"{server.url}/train", config(tmp_path, prefetch_shards=1))
     server.drip_seconds = 0.1
     data.prefetch([0])
     wait_until(lambda: server.count(SHARDS[0]))
     child = os.fork()
-    if child == 0:  # without threads, and without the lock
+    if child == 0:  # it has neither the threads nor the locks of its parent
+        num_tokens = len(data.tokens(0, 10))
         data.prefetch([1])
         wait_until(lambda: SHARDS[1] in cached(tmp_path))
-        os._exit(0 if len(data.tokens(0, SHARD_TOKENS + 10)) == SHARD_TOKENS + 10 else 1)
+        os._exit(0 if num_tokens == 10 else 1)
     status: list[int] = []
     wait_until(lambda: (ended := os.waitpid(child, os.WNOHANG))[0] == child and not status.append(ended[1]))
     assert status == [0]
@@ -437,9 +456,10 @@ def test_lock_of_a_killed_process_does_not_live_on_in_its_children(server, tmp_p
     parent.kill()
     parent.wait()
     try:
+        assert is_under_way(tmp_path, SHARDS[0])
         server.drip_seconds = 0
-        assert len(open_dataset(f"{server.url}/train", config(tmp_path)).tokens(0, 10)) == 10
-        os.kill(child, 0)  # it still runs
+        other = read_elsewhere(f"{server.url}/train", tmp_path)
+        assert other.communicate(timeout=30)[0]
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -469,6 +489,28 @@ def test_cache_on_a_read_only_or_full_disk_is_named(server, tmp_path, waits, opt
     finally:
         # lazy: the shards that were read are still mapped
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_lock_that_was_waited_for_keeps_out_who_comes_later(tmp_path):
+    """The first holder removes the file of the lock; the second, who waited for that file, must not hold a ghost."""
+    path, is_held, may_end = tmp_path / "lock", threading.Event(), threading.Event()
+
+    def second() -> None:
+        with store.locked(path):
+            is_held.set()
+            may_end.wait(20)
+
+    with store.locked(path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+        assert not is_held.is_set()
+    assert is_held.wait(20)
+    with pytest.raises(BlockingIOError), store.locked(path, wait=False):
+        pass
+    may_end.set()
+    thread.join()
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_appears_complete_or_not_at_all(tmp_path):
