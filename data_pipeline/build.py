@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,14 @@ from data_pipeline import tokenizer as tokenizers
 from data_pipeline.build_report import Progress, print_result, summary
 from data_pipeline.dedupe import find_duplicates
 from data_pipeline.engines import Run, mpi_world_size, open_engine, open_mpi
+from data_pipeline.language import identify
 from data_pipeline.parts import SPLITS, Plan, group, load_plan, piece_bytes, runs
 from data_pipeline.shards import DataError, read_manifest, write_manifest
-from data_pipeline.sources import Piece, find_files, size_of, stamp
+from data_pipeline.sources import Piece, find_files, refuse_repeated, size_of, stamp
 from data_pipeline.tally import EXAMPLE_CHARACTERS
+from data_pipeline.tokenizer_report import tokenizer_report
 
+REPORTED_TEXTS = 2000  # documents, of which the tokenizer's report is
 SAMPLED_PARTS = 64  # a tokenizer is trained on the beginnings of that many parts, spread evenly
 
 
@@ -103,6 +106,7 @@ def find_corpus(config: PretrainConfig) -> Corpus:
     settings = config.data.build
     files = find_files(settings.sources)
     held_out = find_files(settings.validation_sources) if settings.validation_sources else []
+    refuse_repeated([*files, *held_out])
     stamps = {file: stamp(file) for file in [*files, *held_out]}
     return Corpus(files, held_out, stamps, source_fingerprint(config, stamps))
 
@@ -332,7 +336,8 @@ def skipped_records(plan: Plan) -> str:
 def finish(plan: Plan, root: Path) -> None:
     """Add tokenizer, reports and manifests to the shards, and give the dataset its name."""
     tokenizer = tokenizers.load_tokenizer(plan.tokenizer_dir)
-    content = summary(plan, {})
+    labelled = ((identify(text)[0], text) for text in islice(sample_texts(plan), REPORTED_TEXTS))
+    content = summary(plan, tokenizer_report(tokenizer, labelled))
     for name in SPLITS:
         directory = plan.dataset / name
         shutil.copytree(plan.tokenizer_dir, directory, dirs_exist_ok=True)

@@ -73,6 +73,7 @@ def token_parts(work: Path, numbers: list[int]) -> None:
     plan = load_plan(work)
     made_at = (plan.tokenizer_dir / "tokenizer.json").stat().st_mtime_ns
     encode_flat, end = _encoder(plan.tokenizer_dir, made_at, plan.config.model.architecture == "bert")
+    sources: Iterable[tuple[int, Iterator[Document], Report | None]]
     if plan.has_clean_pass:
         sources = ((number, read_clean(plan, number), None) for number in numbers)
     else:

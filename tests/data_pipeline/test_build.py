@@ -1,4 +1,4 @@
-"""Text to a dataset directory: the same bytes whoever builds it and however often it is killed; nothing is overwritten."""
+"""Text to a dataset directory: the same bytes whoever builds it and however often it is killed; none is overwritten."""
 
 from __future__ import annotations
 
