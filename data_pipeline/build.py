@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,12 @@ from data_pipeline.engines import Run, mpi_world_size, open_engine, open_mpi
 from data_pipeline.language import identify
 from data_pipeline.parts import SPLITS, Plan, group, load_plan, piece_bytes, runs
 from data_pipeline.shards import DataError, read_manifest, write_manifest
-from data_pipeline.sources import Piece, find_files, refuse_repeated, size_of, stamp
+from data_pipeline.sources import Document, Piece, find_files, refuse_repeated, size_of, stamp
 from data_pipeline.tally import EXAMPLE_CHARACTERS
 from data_pipeline.tokenizer_report import tokenizer_report
 
-REPORTED_TEXTS = 2000  # documents, of which the tokenizer's report is
+REPORTED_CHARACTERS = 1 << 19  # the tokenizer's report is of about that much text,
+LONGEST_REPORTED = 1 << 11  # and of the beginnings of long documents
 SAMPLED_PARTS = 64  # a tokenizer is trained on the beginnings of that many parts, spread evenly
 
 
@@ -242,39 +243,38 @@ def make_tokenizer(plan: Plan, progress: Progress) -> Any:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     with progress.phase("tokenizer", None):
-        tokenizer = tokenizers.make_tokenizer(settings, sample_texts(plan), aside)
+        tokenizer = tokenizers.make_tokenizer(settings, sample_texts(plan, settings.sample_bytes), aside)
     longest = max([train.seq_len, *(phase.seq_len for phase in train.phases)])
     tokenizers.save_tokenizer(tokenizer, aside, plan.config.model.max_seq_len or longest)
     aside.rename(plan.tokenizer_dir)
     return tokenizer
 
 
-def sample_texts(plan: Plan) -> Iterator[str]:
-    """Texts of the train split for a tokenizer: all of them, or the beginnings of parts spread over the corpus."""
-    settings = plan.config.data.build
+def sample_texts(plan: Plan, wanted: int) -> Iterator[str]:
+    """Texts of the train split, about `wanted` characters: all of it, or the beginnings of parts spread evenly."""
     numbers = [number for number, part in enumerate(plan.parts) if not part.held_out]
-    wanted = settings.tokenizer.sample_bytes
+    of_each = wanted
     if sum(plan.parts[number].num_bytes for number in numbers) > wanted:
         numbers = numbers[:: -(-len(numbers) // SAMPLED_PARTS)]
-        wanted = wanted // len(numbers)
-    for number in numbers:
+        of_each = wanted // len(numbers)
+    for documents in part_documents(plan, numbers):
         size = 0
-        for text in train_texts(plan, number):
-            yield text
-            size += len(text)
-            if size >= wanted:
+        for document in documents:
+            for name, text in passes.split(document.text, plan.config.data.build, held_out=False):
+                if name == "train" and text:
+                    yield text
+                    size += len(text)
+            if size >= of_each:
                 break
 
 
-def train_texts(plan: Plan, number: int) -> Iterator[str]:
+def part_documents(plan: Plan, numbers: list[int]) -> Iterator[Iterator[Document]]:
+    """The documents of each of these parts; a file with several of them is passed over once."""
     if plan.has_clean_pass:
-        documents: Iterable[Any] = passes.read_clean(plan, number)
-    else:
-        _, documents, _ = next(passes.read_parts(plan, [number]))
-    for document in documents:
-        for name, text in passes.split(document.text, plan.config.data.build, plan.parts[number].held_out):
-            if name == "train" and text:
-                yield text
+        yield from (passes.read_clean(plan, number) for number in numbers)
+        return
+    for _, of_file in groupby(numbers, key=lambda number: plan.parts[number].pieces[0].file):
+        yield from (documents for _, documents, _ in passes.read_parts(plan, list(of_file)))
 
 
 def make_shards(plan: Plan, vocab_size: int, run: Run, progress: Progress) -> None:
@@ -336,7 +336,8 @@ def skipped_records(plan: Plan) -> str:
 def finish(plan: Plan, root: Path) -> None:
     """Add tokenizer, reports and manifests to the shards, and give the dataset its name."""
     tokenizer = tokenizers.load_tokenizer(plan.tokenizer_dir)
-    labelled = ((identify(text)[0], text) for text in islice(sample_texts(plan), REPORTED_TEXTS))
+    texts = (text[:LONGEST_REPORTED] for text in sample_texts(plan, REPORTED_CHARACTERS))
+    labelled = ((identify(text)[0], text) for text in texts)
     content = summary(plan, tokenizer_report(tokenizer, labelled))
     for name in SPLITS:
         directory = plan.dataset / name

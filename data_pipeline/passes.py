@@ -117,7 +117,7 @@ def shard_entry(plan: Plan, split_name: str, number: int) -> Path:
 
 
 def read_parts(plan: Plan, numbers: list[int]) -> Iterator[tuple[int, Iterator[Document], Report]]:
-    """(number, documents, report) of these neighbouring parts, read in one go; the report is complete after them."""
+    """(number, documents, report) of these parts, in one pass over each file; the report is complete after them."""
     settings = plan.config.data.build
     pieces = [piece for number in numbers for piece in plan.parts[number].pieces]
     part_of_piece = [number for number in numbers for _ in plan.parts[number].pieces]
@@ -134,7 +134,9 @@ def read_parts(plan: Plan, numbers: list[int]) -> Iterator[tuple[int, Iterator[D
     def documents(number: int, report: Report) -> Iterator[Document]:
         for index, document in itertools.chain(ahead, found):
             ahead.clear()
-            if part_of_piece[index] != number:
+            if part_of_piece[index] < number:  # the rest of a part that was left
+                continue
+            if part_of_piece[index] > number:
                 ahead.append((index, document))
                 return
             report.tallies["read"].seen += 1
