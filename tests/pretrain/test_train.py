@@ -142,6 +142,16 @@ def test_loss_does_not_depend_on_ranks_and_accumulation(config, num_ranks, micro
     np.testing.assert_allclose(norms[0], norms[1], rtol=2e-4)
 
 
+def test_bert_without_padding_has_on_one_rank_the_losses_of_padded_batches_on_two(config):
+    if "gpt" in config.parent.name:
+        pytest.skip("GPT's rows have no padding")
+    exact = ("train.precision=fp32", "model.dropout=0", "train.num_steps=4", "data.masking.short_probability=0.5")
+    runs = [pretrain(config, "padded", 2, *exact), pretrain(config, "unpadded", 1, "data.unpad=true", *exact)]
+    for name in ("loss", "loss_mlm", "loss_nsp", "eval_loss", "tokens"):
+        values = [[line[name] for line in lines(run) if name in line] for run in runs]
+        np.testing.assert_allclose(values[1], values[0], rtol=2e-5)
+
+
 def test_checkpoint_of_two_ranks_goes_on_with_one(config, undisturbed):
     run_dir = config.parent / "elastic"
     (run_dir / "checkpoints").mkdir(parents=True)
