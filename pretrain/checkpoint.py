@@ -103,6 +103,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: manifest.json cannot be read ({type(error).__name__}: {error})") from error
 
 
+def check_facts(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
+    """Raises CheckpointError unless `facts`, what the samples depend on, are those it was written with."""
+    for name in sorted(facts.keys() | checkpoint.facts.keys()):
+        now = facts.get(name)
+        if name not in checkpoint.facts:
+            raise CheckpointError(
+                f"{checkpoint.path}: does not say what {name} was, now it is {now}: another version of millstream has "
+                f"written it. Go on with that version, or start a new run_dir"
+            )
+        if checkpoint.facts[name] != now:
+            raise CheckpointError(
+                f"{checkpoint.path}: was written with {name}={checkpoint.facts[name]}, now it is {now}; the order of "
+                f"the samples would change in the middle of the run. Restore it, or start a new run_dir"
+            )
+
+
 def reader(checkpoint: Checkpoint) -> Callable[[str, str, int, int], torch.Tensor]:
     """A function (parameter, "master" or a moment, start, length) -> flat fp32 tensor, read from the pieces on disk."""
     files = {name: safe_open(checkpoint.path / name, framework="pt") for name in _file_names(checkpoint)}

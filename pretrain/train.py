@@ -181,26 +181,10 @@ def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, rank
         raise CheckpointError(f"{run_dir}: the ranks see different newest checkpoints: steps {steps}")
     if found is None:
         return 0
-    check_order(found, data.facts(found.step))
+    checkpoint.check_facts(found, data.facts(found.step))
     engine.load_fragments(model, checkpoint.reader(found), found.step)
     say(f"going on from {found.path}")
     return found.step
-
-
-def check_order(found: checkpoint.Checkpoint, facts: dict[str, Any]) -> None:
-    """Raises ConfigError unless the samples up to this checkpoint are a function of the same `facts` as before."""
-    for name in sorted(facts.keys() | found.facts.keys()):
-        if name not in found.facts:
-            raise ConfigError(
-                f"{found.path}: does not say what {name} was (now it is {facts[name]}): it was written by another "
-                f"version of millstream. Go on with that version, or start a new run_dir"
-            )
-        before, now = found.facts[name], facts.get(name)
-        if before != now:
-            raise ConfigError(
-                f"{found.path}: was written with {name}={before}, now it is {now}; the order of the samples would "
-                f"change in the middle of the run. Restore it, or start a new run_dir"
-            )
 
 
 def save(config: PretrainConfig, model: Any, data: Stream, step: int, run_dir: Path, ranks: Runtime) -> None:

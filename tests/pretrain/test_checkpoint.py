@@ -114,3 +114,14 @@ def test_full_disk_is_named_and_earlier_checkpoints_stay(tmp_path):
 def test_checkpoints_hold_no_pickle(tmp_path):
     path = save(tmp_path, 1)
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "rank-00000.safetensors"]
+
+
+def test_facts_that_changed_or_are_missing_are_named(tmp_path):
+    found = checkpoint.open_checkpoint(save(tmp_path, 5))
+    checkpoint.check_facts(found, {"seed": 1})
+    with pytest.raises(CheckpointError, match=r"step-00000005: was written with seed=1, now it is 2; the order of"):
+        checkpoint.check_facts(found, {"seed": 2})
+    with pytest.raises(CheckpointError, match=r"does not say what packing was, now it is best_fit: another version"):
+        checkpoint.check_facts(found, {"seed": 1, "packing": "best_fit"})
+    with pytest.raises(CheckpointError, match=r"was written with seed=1, now it is None"):
+        checkpoint.check_facts(found, {})
