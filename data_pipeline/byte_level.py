@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import unicodedata
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -47,13 +47,13 @@ _LAST_THREE = np.array([int.from_bytes(c.encode(), "big") for c in _SPACES if le
 _LAST_TWO = np.array([int.from_bytes(c.encode(), "big") for c in _SPACES if len(c.encode()) == 2])
 
 
-def byte_level_encoder(tokenizer: Tokenizer, dtype: np.dtype) -> EncodeFlat | None:
-    """An encoder with the ids of `tokenizer`, or None where that is not certain."""
-    ranks = tiktoken_ranks(tokenizer)
+def byte_level_encoder(tokenizer: Tokenizer, layout: dict[str, Any], dtype: np.dtype) -> EncodeFlat | None:
+    """An encoder with the ids of `tokenizer`, or None where `layout`, tokenizer.json, does not make that certain."""
+    ranks = tiktoken_ranks(tokenizer, layout)
     return None if ranks is None else chunked_encoder(cut, ChunkTable(_BytePairs(ranks).ids_of, dtype))
 
 
-def tiktoken_ranks(tokenizer: Tokenizer) -> dict[bytes, int] | None:
+def tiktoken_ranks(tokenizer: Tokenizer, layout: dict[str, Any]) -> dict[bytes, int] | None:
     """Token bytes -> id for tiktoken, or None where tiktoken could give other ids than `tokenizer`.
 
     `tokenizers` applies the first merge of the list that fits; tiktoken joins the two neighbours whose union has the
@@ -62,16 +62,13 @@ def tiktoken_ranks(tokenizer: Tokenizer) -> dict[bytes, int] | None:
     no merge has crossed its borders, so it went through the same states as the token alone, and the last of them is
     the only pair that makes it.
     """
-    content = json.loads(tokenizer.to_str())
-    model, before = content["model"], content["pre_tokenizer"] or {}
-    if model["type"] != "BPE" or before.get("type") != "ByteLevel" or content["normalizer"] is not None:
+    model, before = layout["model"], layout["pre_tokenizer"] or {}
+    if model["type"] != "BPE" or before.get("type") != "ByteLevel" or layout["normalizer"] is not None:
         return None
     if before.get("add_prefix_space") or not before.get("use_regex", True):
         return None
     if any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")):
         return None
-    if not all(token["special"] for token in content["added_tokens"]):
-        return None  # such tokens are found in the text before anything else
     vocabulary = model["vocab"]
     merged = ["".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]]
     if any(vocabulary[first] >= vocabulary[second] for first, second in itertools.pairwise(merged)):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from data_pipeline.chunk_table import PADDING, ChunkTable
 
@@ -42,13 +43,10 @@ def chunked_encoder(cut: Cut, table: ChunkTable) -> EncodeFlat:
     return encode_flat
 
 
-def character_encoder(tokenizer: Tokenizer, dtype: np.dtype) -> EncodeFlat | None:
-    """An encoder for a vocabulary of single characters, or None if `tokenizer` has another."""
-    content = json.loads(tokenizer.to_str())
+def character_encoder(tokenizer: Tokenizer, layout: dict[str, Any], dtype: np.dtype) -> EncodeFlat | None:
+    """An encoder for a vocabulary of single characters, or None if `layout`, tokenizer.json, is of another kind."""
     split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-    if content["model"]["type"] != "WordLevel" or content["normalizer"] or content["pre_tokenizer"] != split:
-        return None
-    if not all(token["special"] for token in content["added_tokens"]):
+    if layout["model"]["type"] != "WordLevel" or layout["normalizer"] or layout["pre_tokenizer"] != split:
         return None
     ids_of_codes = np.full(0x110000, tokenizer.token_to_id(tokenizer.model.unk_token), dtype)
     for token, number in tokenizer.get_vocab().items():
@@ -86,7 +84,8 @@ def plain_encoder(tokenizer: Tokenizer, dtype: np.dtype) -> EncodeFlat:
 def ordinary(tokenizer: Tokenizer) -> Tokenizer:
     """A copy for text alone: special tokens are not looked for, nothing is cut off or filled up."""
     if all(token.special for token in tokenizer.get_added_tokens_decoder().values()):
-        copy = Tokenizer(tokenizer.model)
+        model = tokenizer.model
+        copy = Tokenizer(_without_special_pieces(tokenizer) if isinstance(model, models.Unigram) else model)
         if tokenizer.normalizer is not None:
             copy.normalizer = tokenizer.normalizer
         if tokenizer.pre_tokenizer is not None:
@@ -97,6 +96,14 @@ def ordinary(tokenizer: Tokenizer) -> Tokenizer:
     copy.no_truncation()
     copy.no_padding()
     return copy
+
+
+def _without_special_pieces(tokenizer: Tokenizer) -> models.Unigram:
+    """The unigram model with a space in its special pieces, which no text has by then; else "</s>" would be a word."""
+    layout = json.loads(tokenizer.to_str())
+    special = {token["content"] for token in layout["added_tokens"]}
+    pieces = [(f" {piece}" if piece in special else piece, score) for piece, score in layout["model"]["vocab"]]
+    return models.Unigram(pieces, layout["model"]["unk_id"], layout["model"]["byte_fallback"])
 
 
 def _with_ends(

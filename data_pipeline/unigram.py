@@ -7,15 +7,13 @@ segmentations another way ("!!!" "!!!!!" or "!!!!!" "!!!"), so that a text has o
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from data_pipeline.chunk_table import ChunkTable
 from data_pipeline.encode import SEPARATOR, EncodeFlat, chunked_encoder, ordinary
-
-LONGEST_WORD = 1 << 16  # characters; a longer stretch without a border is cut, and may get other ids at the cut
 
 # Classes of bytes: white space, the separator, printable ASCII, bytes of other characters, control characters.
 _SPACE, _SEPARATOR, _PLAIN, _HIGH, _CONTROL = range(5)
@@ -30,11 +28,10 @@ _LEADS_TWO = np.isin(np.arange(256), [*range(0xC3, 0xCC), 0xCE, 0xCF, 0xD0, 0xD1
 _LEADS_THREE = np.isin(np.arange(256), [*range(0xE4, 0xEA), 0xEB, 0xEC])
 
 
-def unigram_encoder(tokenizer: Tokenizer, dtype: np.dtype) -> EncodeFlat | None:
-    """An encoder with the ids of `tokenizer`, or None unless it is laid out as `tokenizer._from_sentencepiece` does."""
-    content = json.loads(tokenizer.to_str())
-    before, normalizer = content["pre_tokenizer"] or {}, content["normalizer"] or {}
-    if content["model"]["type"] != "Unigram" or before.get("type") != "Metaspace":
+def unigram_encoder(tokenizer: Tokenizer, layout: dict[str, Any], dtype: np.dtype) -> EncodeFlat | None:
+    """An encoder with the ids of `tokenizer`, or None unless `layout` is what `tokenizer._from_sentencepiece` makes."""
+    before, normalizer = layout["pre_tokenizer"] or {}, layout["normalizer"] or {}
+    if layout["model"]["type"] != "Unigram" or before.get("type") != "Metaspace":
         return None
     if before["replacement"] != "▁" or before["prepend_scheme"] != "always" or not before["split"]:
         return None
@@ -44,14 +41,17 @@ def unigram_encoder(tokenizer: Tokenizer, dtype: np.dtype) -> EncodeFlat | None:
         return None
     if any(tokenizer.normalizer.normalize_str(f"a{space}b") != "a b" for space in "\t\n\r "):
         return None
-    if not all(token["special"] for token in content["added_tokens"]):
-        return None  # such tokens are found in the text before anything else
     asked = ordinary(tokenizer)
+    model, normalize = asked.model, asked.normalizer.normalize_str
+
+    def ids_of_chunk(text: str) -> list[int]:
+        word = normalize(text)
+        if word and " " not in word and "▁" not in word:  # one word: no need of all the rest
+            return [token.id for token in model.tokenize(f"▁{word}")]
+        return asked.encode(text, add_special_tokens=False).ids
 
     def ids_of(chunks: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        found: list[list[int]] = []
-        for encoding in asked.encode_batch_fast([chunk.decode() for chunk in chunks], add_special_tokens=False):
-            found.append(encoding.ids)
+        found = [ids_of_chunk(chunk.decode()) for chunk in chunks]
         return np.array([index for ids in found for index in ids], dtype), np.array([len(ids) for ids in found])
 
     return chunked_encoder(cut, ChunkTable(ids_of, dtype))

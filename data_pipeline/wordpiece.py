@@ -7,9 +7,10 @@ these looks, and that answers are remembered.
 
 from __future__ import annotations
 
-import json
+import sys
 import unicodedata
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -28,16 +29,13 @@ _CLASS[list(b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")] = _SIGN
 _CLASS[[*b"\t\n\r ", SEPARATOR]] = _SPACE
 
 
-def wordpiece_encoder(tokenizer: Tokenizer, dtype: np.dtype) -> EncodeFlat | None:
-    """An encoder with the ids of `tokenizer`, or None where the tokenizer is not laid out like BERT's."""
-    content = json.loads(tokenizer.to_str())
-    normalizer, before = content["normalizer"] or {}, content["pre_tokenizer"] or {}
-    if content["model"]["type"] != "WordPiece" or before.get("type") != "BertPreTokenizer":
+def wordpiece_encoder(tokenizer: Tokenizer, layout: dict[str, Any], dtype: np.dtype) -> EncodeFlat | None:
+    """An encoder with the ids of `tokenizer`, or None where its `layout`, tokenizer.json, is not that of BERT's."""
+    normalizer, before = layout["normalizer"] or {}, layout["pre_tokenizer"] or {}
+    if layout["model"]["type"] != "WordPiece" or before.get("type") != "BertPreTokenizer":
         return None
     if normalizer.get("type") != "BertNormalizer" or not normalizer["clean_text"]:
         return None
-    if not all(token["special"] for token in content["added_tokens"]):
-        return None  # such tokens are found in the text before anything else
     return chunked_encoder(cut, ChunkTable(_WordPieces(tokenizer, dtype).ids_of, dtype))
 
 
@@ -77,7 +75,7 @@ class _WordPieces(dict):
     def __missing__(self, word: str) -> bytes:
         # a word that is too long becomes [UNK], however long it is
         tokens = self.model.tokenize(word[: self.longest_word + 1])
-        ids = np.array([token.id for token in tokens], self.dtype).tobytes()
+        ids = b"".join([token.id.to_bytes(self.dtype.itemsize, sys.byteorder) for token in tokens])
         if len(word) <= self.longest_word:
             self[word] = ids
         return ids

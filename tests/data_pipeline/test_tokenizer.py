@@ -59,7 +59,7 @@ def test_sentencepiece_model_gives_exactly_sentencepieces_ids(shared_data):
     folder = shared_data / "tokenizers/t5"
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
     goldens = [json.loads(line) for line in (shared_data / "goldens/tokenizer_goldens.jsonl").open(encoding="utf-8")]
-    texts = [golden["text"] for golden in goldens]
+    texts = [*(golden["text"] for golden in goldens), "an end </s> spelled out", "<unk> <pad>", "a</s>"]
     for text, ids in zip(texts, encoder(load_tokenizer(folder))(texts), strict=True):
         assert ids.tolist() == theirs.encode(text), text
 
@@ -86,9 +86,10 @@ def test_byte_level_takes_text_it_was_not_trained_on(trained):
     assert tokenizer.decode(encoder(tokenizer)([text])[0].tolist()) == text
 
 
-def test_text_that_looks_like_a_special_token_is_text(trained):
-    tokenizer, _ = trained["byte_bpe"]
-    ids = encoder(tokenizer)(["a<|endoftext|>b"])[0]
+@pytest.mark.parametrize("kind", TRAINED)
+def test_text_that_looks_like_a_special_token_is_text(trained, kind):
+    tokenizer, _ = trained[kind]
+    ids = encoder(tokenizer)(["a <|endoftext|> b </s> c [SEP] d"])[0]
     assert end_of_text_id(tokenizer) not in ids
 
 
@@ -112,6 +113,19 @@ def test_wordpiece_pairs_get_bert_special_tokens_and_types(trained):
 def test_training_twice_gives_the_same_tokenizer(trained, kind, tmp_path):
     config = TokenizerConfig(type=kind, vocab_size={"unigram": 150}.get(kind, 400))
     assert fingerprint(make_tokenizer(config, TEXTS, tmp_path)) == fingerprint(trained[kind][0])
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_saved_tokenizer_is_the_same_when_it_is_read_again(trained, kind):
+    tokenizer, folder = trained[kind]
+    assert fingerprint(load_tokenizer(folder)) == fingerprint(tokenizer)
+
+
+@pytest.mark.parametrize("folder", ["gpt2", "bert-base-uncased", "bert-base-cased", "t5"])
+def test_published_vocabulary_is_the_same_when_it_is_read_again(shared_data, folder, tmp_path):
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / folder)
+    save_tokenizer(tokenizer, tmp_path, 128)
+    assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(tokenizer)
 
 
 def test_tables_over_the_vocabulary(trained):
