@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from data_pipeline.shards import DataError, write_manifest
 from data_pipeline.stream import Stream, open_stream
 from tests.data_pipeline.token_datasets import bert_config, gpt_config, lengths, write_dataset
 
-KINDS = ["gpt", "gpt-mixture", "gpt-best-fit", "bert", "bert-spans"]
+KINDS = ["gpt", "gpt-mixture", "gpt-best-fit", "gpt-window", "bert", "bert-spans"]
 STEPS = [0, 1, 2, 5, 6, 7, 8, 170]  # the mixture changes at step 2, its length at step 7; 170 is in the next block
 
 
@@ -40,6 +43,8 @@ def settings(folder: Path, kind: str, num_workers: int = 0, **train: Any) -> Pre
         return bert_config(folder / "bert", data | {"masking": {"unit": unit, "short_probability": 0.1}}, train)
     if kind == "gpt-best-fit":
         data["packing"] = "best_fit"
+    if kind == "gpt-window":
+        data["shuffle_window_tokens"] = 2000
     if kind == "gpt-mixture":
         data["mixture"] = {
             name: {"dir": str(folder / name), "weight": weight} for name, weight in {"a": 3, "b": 1}.items()
@@ -149,6 +154,36 @@ def test_unpadded_batches_are_the_same_tokens_for_any_number_of_ranks(folder):
         batches = [batch for rank in range(world_size) for batch in stream.micro_batches(5, rank, world_size)]
         assert torch.equal(torch.cat([batch["input_ids"][0] for batch in batches]), expected)
         assert all(batch["cu_seqlens"][-1] == batch["input_ids"].shape[1] for batch in batches)
+
+
+def test_dataset_at_an_address_gives_the_same_batches_and_its_next_shards_are_fetched_ahead(tmp_path):
+    write_dataset(tmp_path / "data/train", [lengths(number, 40) for number in range(12)])
+    window = {"shuffle_window_tokens": 3000}
+    requests: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_request(self, *given: object) -> None:
+            requests.append(self.path.rpartition("/")[2])
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    config = gpt_config(tmp_path, {"cache": {"dir": str(tmp_path / "cache")}} | window, {"micro_batch_size": 24})
+    data = config.data.model_copy(update={"dir": f"http://127.0.0.1:{server.server_port}/data"})
+    local = open_stream(gpt_config(tmp_path / "data", window, {"micro_batch_size": 24}), "train")
+    remote = open_stream(config.model_copy(update={"data": data}), "train")
+
+    def fetched() -> list[str]:
+        return sorted(name for name in requests if name.endswith(".tokens"))
+
+    assert same(remote.micro_batches(0, 0, 1)[0], local.micro_batches(0, 0, 1)[0])
+    deadline = time.monotonic() + 30
+    while len(fetched()) <= 4:  # rows of one step are in the three or four shards of its window
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for step in range(1, 20):
+        assert same(remote.micro_batches(step, 0, 1)[0], local.micro_batches(step, 0, 1)[0])
+    server.shutdown()
+    assert len(fetched()) == len(set(fetched())) == 12
 
 
 def test_damaged_data_are_an_error_of_the_step_that_uses_them(tmp_path):
