@@ -32,6 +32,7 @@ from configs.schema import PretrainConfig
 from data_pipeline import passes
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline.build_report import Progress, print_result, summary
+from data_pipeline.card import data_card
 from data_pipeline.dedupe import find_duplicates
 from data_pipeline.engines import Run, mpi_world_size, open_engine, open_mpi
 from data_pipeline.language import identify
@@ -345,6 +346,7 @@ def finish(plan: Plan, root: Path) -> None:
         count = len(list(directory.glob("shard-*.tokens")))
         entries = [json.loads(passes.shard_entry(plan, name, number).read_text()) for number in range(count)]
         passes.write_json(directory / "stages.json", content)
+        (directory / "card.html").write_text(data_card(content), encoding="utf-8")
         write_manifest(
             directory, entries, tokenizer.get_vocab_size(), tokenizers.fingerprint(tokenizer), plan.built_from
         )
