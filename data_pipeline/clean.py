@@ -108,7 +108,8 @@ def html_to_text(text: str) -> str:
     """The main text of a page, without menus, scripts and footers; of a piece of HTML, all its text.
 
     What has no tag of HTML is returned as it is, entities too. Lists, tables and preformatted text keep their lines. A
-    page from which nothing is left but menus gives the empty string.
+    page from which nothing is left but menus gives the empty string; resiliparse also takes a bulleted list that stands
+    less than three elements below <body> for a menu.
     """
     from resiliparse.extract.html2text import extract_plain_text
 
@@ -144,10 +145,10 @@ def repair_mojibake(text: str) -> str:
 
     Only that: quotes, widths, ligatures, entities and normalisation forms stay as they are.
     """
-    import ftfy
-
     if text.isascii() or not _suspicious().search(text):
         return text
+    import ftfy
+
     return ftfy.fix_text(text, _only_encoding())
 
 
