@@ -13,10 +13,10 @@ It is an external sort with two kinds of tasks, for the exact hashes and then fo
            the pairs found written to work_dir/pairs
 
 and, last, a mask for each part. Documents with the same key are compared with the first GROUP_COMPARED of them only, so
-a key of a million documents (a page that every site has) costs a million comparisons and not their square; documents
-that are close meet in other bands too. A task needs some 300 MB whatever the size of the corpus, its result is a file
-written aside and renamed, so a search that was killed goes on where it was. On disk the keys take 12 bytes a document
-and band, 204 at a similarity of 0.8.
+a key of a million documents (a page that every site has) costs no more than 32 million comparisons, not their square;
+documents that are close meet in other bands too. A task needs less than 500 MB whatever the size of the corpus, and its
+result is a file written aside and renamed, so a search that was killed goes on where it was. On disk the keys take 12
+bytes a document and band, 204 a document at a similarity of 0.8.
 """
 
 from __future__ import annotations

@@ -209,9 +209,8 @@ def _words_apart(text: str) -> bytes:
     """Lower-case UTF-8 with spaces between words and nothing else but them and the NULs of `text`."""
     if text.isascii():
         return text.encode().translate(_WORD_BYTES)
-    lowered = text.lower().replace(
-        "ς", "σ"
-    )  # which of the two comes out depends on what follows, also over a block's end
+    # of the two small sigmas, which one comes out depends on the next letter, also over the end of a block
+    lowered = text.lower().replace("ς", "σ")
     codes = np.frombuffer(lowered.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).copy()
     places = np.flatnonzero(codes >= 128)
     classes = _character_classes()[codes[places]]

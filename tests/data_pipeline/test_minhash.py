@@ -68,7 +68,7 @@ def test_a_cut_off_text_differs_from_the_whole_even_where_a_long_word_is_cut():
 
 
 @given(st.lists(ANYTHING, max_size=8))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_text_has_the_same_signature_alone_among_others_and_in_blocks(texts):
     together = signatures(texts, NEAR)
     assert together.shape == (len(texts),)
