@@ -227,6 +227,7 @@ def _language_stage(text: str, tally: Tally, languages: frozenset[str], min_scor
     elif code not in languages:
         tally.drop(f"language: {code}", text)
     else:
+        tally.found[code] += 1
         return text
     return None
 
