@@ -45,14 +45,15 @@ class MappedShard:
         self.inode, self.used = stat.st_ino, True  # used: since the cache was last told
 
     def will_need(self, low: int, high: int) -> None:
-        """Have the system begin to read what `check` will touch, so that several reads are under way at once."""
+        """Have the system begin to read what `tokens_of` will touch, so that several reads are under way at once."""
         if not self.are_sums_checked:
             self._begin_to_read(self.ends_block, -(-len(self.map) // BLOCK_BYTES))
         self._begin_to_read(low >> self.token_shift, (high - 1 >> self.token_shift) + 1)
 
     def tokens_of(self, low: int, high: int) -> np.ndarray:
         """Tokens [low, high) of this shard, low < high; a view."""
-        self.check(low, high)
+        self.used = True
+        self._check_blocks(low >> self.token_shift, (high - 1 >> self.token_shift) + 1)
         return self.tokens[low:high]
 
     def starts(self, low: int, high: int) -> np.ndarray:
@@ -68,10 +69,6 @@ class MappedShard:
         self._check_blocks(self.ends_block, len(self.checked))
         self.are_ends_checked = True
         return self.ends
-
-    def check(self, low: int, high: int) -> None:
-        """Check the blocks of the tokens [low, high), low < high. Raises DataError."""
-        self._check_blocks(low >> self.token_shift, (high - 1 >> self.token_shift) + 1)
 
     def faults(self) -> list[str]:
         """A message for every stretch of damaged blocks. Raises DataError if the checksums themselves are damaged."""
@@ -105,7 +102,8 @@ class MappedShard:
             block = self.checked.find(0, block, stop)
 
     def _is_intact(self, block: int) -> bool:
-        return xxhash.xxh3_64_intdigest(self.body[block * BLOCK_BYTES :][:BLOCK_BYTES]) == self.sums[block]
+        start = block * BLOCK_BYTES
+        return xxhash.xxh3_64_intdigest(self.body[start : start + BLOCK_BYTES]) == self.sums[block]
 
     def _damaged(self, first: int, stop: int) -> str:
         start, end = first * BLOCK_BYTES, min(stop * BLOCK_BYTES, len(self.body))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
@@ -45,6 +46,7 @@ from data_pipeline.store import (
 FORMAT = 2
 LARGEST_UINT16_VOCABULARY = 65_536
 WRITE_TOKENS = 1 << 20  # converted and written at once
+SLOW_SECONDS = 5e-4  # a row that takes longer came from a disk; in memory it is 10 us, with its checksum
 OTHER_OPEN_FILES = 1000  # that a process may want beside the shards
 
 
@@ -84,18 +86,19 @@ class Dataset:
             low = start - shard_starts[number]
             high = low + length
             shard = mapped[number]
-            if (
-                shard is not None
-                and high <= shard.num_tokens
-                and shard.checked.find(0, low >> shift, (high - 1 >> shift) + 1) < 0
-            ):
+            if shard is None or high > shard.num_tokens:  # first use of the shard, a row over its end, or an error
+                before = time.perf_counter()
+                rows.append(self.tokens(start, start + length))
+            elif shard.checked.find(0, low >> shift, (high - 1 >> shift) + 1) >= 0:  # first use of a block
+                before = time.perf_counter()
+                rows.append(shard.tokens_of(low, high))
+            else:
                 shard.used = True
                 rows.append(shard.tokens[low:high])
-            else:  # first use of a block, over a shard's end, or an error
-                if not is_asked_for:
-                    self._ask_for(starts, length)
-                    is_asked_for = True
-                rows.append(self.tokens(start, start + length))
+                continue
+            if time.perf_counter() - before > SLOW_SECONDS and not is_asked_for:
+                self._ask_for(starts, length)
+                is_asked_for = True
         return np.concatenate(rows).reshape(len(starts), length)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
@@ -161,10 +164,11 @@ class Dataset:
         return shard
 
     def _ask_for(self, starts: np.ndarray, length: int) -> None:
-        """Begin to read all windows at once: from a cold disk eight rows take little longer than one."""
-        for start in starts.tolist():
-            for number, low, high in self._pieces(start, start + length):
-                self._shard(number).will_need(low, high)
+        """Begin to read all windows at once: from a cold disk eight rows then take little longer than two."""
+        pieces = [piece for start in starts.tolist() for piece in self._pieces(start, start + length)]
+        self.prefetch(number for number, _, _ in pieces if self._mapped[number] is None)
+        for number, low, high in pieces:
+            self._shard(number).will_need(low, high)
 
     def _let_go(self, cache: Cache) -> None:
         """Unmap shards that were removed from the cache: their bytes stay on the disk as long as they are mapped."""
