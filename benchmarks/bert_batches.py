@@ -95,9 +95,8 @@ def collator(dataset: Dataset, rows: dict[str, np.ndarray]) -> Callable[[int], o
     names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(dataset.path / "tokenizer.json"), **names)
     collate = DataCollatorForLanguageModeling(tokenizer)
-    examples = [
-        {"input_ids": ids, "special_tokens_mask": np.isin(ids, tokenizer.all_special_ids)} for ids in rows["input_ids"]
-    ]
+    special = tokenizer.all_special_ids
+    examples = [{"input_ids": ids, "special_tokens_mask": np.isin(ids, special)} for ids in rows["input_ids"]]
     return lambda step: collate([dict(example) for example in examples])
 
 
