@@ -50,7 +50,7 @@ class DedupeConfig(Section):
 
     exact: bool = False  # the same words
     near: bool = False  # MinHash over 5-grams of words
-    similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8  # near: estimated Jaccard similarity from which on
+    similarity: Annotated[float, Field(ge=0.5, le=1.0)] = 0.8  # near: estimated Jaccard similarity from which on
 
 
 class BuildConfig(Section):
@@ -80,8 +80,8 @@ class MaskingConfig(Section):
     mask_share: Fraction = 0.8  # of the targets: replaced by [MASK]
     random_share: Fraction = 0.1  # of the targets: replaced by a random token; the rest stays
     unit: Literal["token", "word", "span"] = "token"  # what is chosen: pieces, whole words, spans of words (SpanBERT)
-    span_mean: Annotated[float, Field(ge=1.0)] = 5.0  # span: words in a geometric draw, before it is cut at span_max
-    span_max: PositiveInt = 10  # span: longest, in words
+    span_mean: Annotated[float, Field(ge=1.0)] = 5.0  # span: 1/p of the geometric lengths, in words
+    span_max: PositiveInt = 10  # span: longer ones are not drawn; with these two the mean is 3.8 words
     pairs: Literal["nsp", "sop", "none"] = "nsp"  # half of the time the second segment is random (nsp), swapped (sop)
     short_probability: Rate = 0.0  # share of samples cut to a random shorter length (Devlin et al.: 0.1)
 

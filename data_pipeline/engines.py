@@ -103,11 +103,15 @@ def _run_datatrove(
     settings: BuildConfig, work: Path, num_workers: int, function: Callable[..., Any], tasks: Sequence[Task]
 ) -> Iterator[Any]:
     """One datatrove executor for `tasks`; results come back through files. Its logs are kept if a task fails."""
-    from datatrove.executor.local import LocalPipelineExecutor
-    from datatrove.executor.slurm import SlurmPipelineExecutor
-
     if not tasks:
         return
+    try:
+        from datatrove.executor.local import LocalPipelineExecutor
+        from datatrove.executor.slurm import SlurmPipelineExecutor
+    except ImportError as error:
+        raise DataError(
+            f"data.build.engine=datatrove needs datatrove ({error}); pip install 'millstream[datatrove]'"
+        ) from error
     work.mkdir(parents=True, exist_ok=True)
     logs = Path(tempfile.mkdtemp(prefix="datatrove-", dir=work)).resolve()
     step = partial(_datatrove_step, function, list(tasks), logs)
