@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline import shards
 from data_pipeline.shards import (
     BLOCK_BYTES,
     DataError,
@@ -94,6 +95,13 @@ def test_gathered_rows_and_their_documents_are_those_of_single_reads(directory, 
     assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
 
 
+def test_rows_that_come_from_a_slow_disk_are_the_same(large, monkeypatch):
+    monkeypatch.setattr(shards, "SLOW_SECONDS", 0.0)  # as if the first row had taken long: the others are asked for
+    starts = np.array([90_000, 10, 49_990, 70_000])
+    rows = open_dataset(large).gather(starts, 50)
+    assert rows.tolist() == [[i % 50_000 for i in range(start, start + 50)] for start in starts.tolist()]
+
+
 @pytest.mark.parametrize(("start", "stop"), [(5, 11), (-1, 2)])
 def test_piece_beyond_the_ends_is_an_error(directory, start, stop):
     data = open_dataset(directory)
@@ -125,7 +133,7 @@ def test_id_outside_of_the_vocabulary_is_refused(tmp_path, token):
 @settings(max_examples=60, deadline=None)
 def test_what_is_read_is_what_was_written_however_it_is_divided(tmp_path_factory, data):
     """Random shards, pieces, documents and windows, against lists."""
-    vocab_size = data.draw(st.sampled_from([300, 70_000]))
+    vocab_size = data.draw(st.sampled_from([300, 70_000]))  # uint16, uint32
     documents = st.integers(1, 40).flatmap(lambda n: st.lists(st.integers(0, vocab_size - 1), min_size=n, max_size=n))
     shards = data.draw(st.lists(st.lists(documents, min_size=1, max_size=7), min_size=1, max_size=4))
     opened = open_dataset(write(tmp_path_factory.mktemp("any") / "data", shards, vocab_size))

@@ -47,6 +47,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.requests: list[str] = []  # names of files
         self.faults: dict[str, list[str]] = {}  # name -> for each of the next requests: "500", "cut", "damage" or ""
+        self.num_active = self.most_active = 0  # answers being given: now, and at most
         self.drip_seconds = 0.0  # between two pieces of a shard, of ten
         handler = functools.partial(Handler, self, directory=str(folder))
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -67,6 +68,14 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        self.owner.num_active += 1
+        self.owner.most_active = max(self.owner.most_active, self.owner.num_active)
+        try:
+            self.answer()
+        finally:
+            self.owner.num_active -= 1
+
+    def answer(self) -> None:
         name = self.path.rpartition("/")[2]
         self.owner.requests.append(name)
         faults = self.owner.faults.get(name)
@@ -412,6 +421,15 @@ def test_prefetch_transfers_ahead_as_many_as_allowed(corpus, server, tmp_path):
     data.prefetch(range(1, NUM_SHARDS))
     wait_until(lambda: server.count(SHARDS[4]))
     assert [server.count(name) for name in SHARDS] == [0, 1, 1, 1, 1]
+
+
+def test_shards_of_one_batch_are_transferred_side_by_side(corpus, server, tmp_path):
+    server.drip_seconds = 0.05
+    data = open_dataset(f"{server.url}/train", config(tmp_path, prefetch_shards=3))
+    starts = np.arange(NUM_SHARDS) * SHARD_TOKENS
+    assert np.array_equal(data.gather(starts, 50), open_dataset(corpus).gather(starts, 50))
+    assert server.most_active in (3, 4)  # those ahead, and one that is needed now
+    assert [server.count(name) for name in SHARDS] == [1] * NUM_SHARDS
 
 
 def test_failed_prefetch_is_told_when_the_shard_is_used(server, tmp_path, waits):
