@@ -64,12 +64,13 @@ def open_plan(dataset: Dataset, seq_len: int, folder: Path) -> Plan:
     """
     path = folder / f"{dataset.fingerprint}-{seq_len}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(path.with_name(f"{path.name}.lock")) as alone:
-            if not path.exists():
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with _one_at_a_time(path.with_name(f"{path.name}.lock")) as alone:
                 if alone:
                     _remove_leftovers(path)
-                _write_plan(dataset, seq_len, path)
+                if not path.exists():  # no other process made it meanwhile
+                    _write_plan(dataset, seq_len, path)
     except OSError as error:
         raise DataError(
             f"{folder}: the plan of best-fit packing cannot be written ({error.strerror}); make room or write access "

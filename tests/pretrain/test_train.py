@@ -109,6 +109,23 @@ def test_killed_run_resumes_with_bitwise_the_same_metrics(config, undisturbed):
     assert weights[0] == weights[1]
 
 
+def test_mixture_with_phases_goes_on_the_same_after_a_kill_with_another_number_of_workers(config):
+    source = config.parent / "data"
+    varied = (
+        f"data.mixture={{a: {{dir: {source}, weight: 2}}, b: {{dir: {source}, epochs: null, weight: 1}}}}",
+        "data.mixture_schedule=[{from_step: 2, weights: {a: 1, b: 3}, ramp_steps: 2}]",
+        "train.phases=[{from_step: 4, seq_len: 64}]",
+    )
+    whole = pretrain(config, "mixture-whole", 2, *varied)
+    tokens = [line["tokens"] for line in lines(whole) if "tokens" in line]
+    assert tokens == [8 * 32 * step for step in (1, 2, 3, 4)] + [8 * (32 * 4 + 64 * step) for step in (1, 2, 3, 4)]
+    run_dir = config.parent / "mixture-killed"
+    processes = start_ranks(2, words(config, run_dir, *varied, "data.num_workers=2"), config.parent / "mixture-logs")
+    kill_when(processes, has_reached(run_dir, 5), signal.SIGKILL)
+    pretrain(config, "mixture-killed", 2, *varied)
+    assert lines(run_dir) == lines(whole)
+
+
 def test_sigterm_saves_the_step_and_the_run_goes_on_from_it(config, undisturbed):
     run_dir = config.parent / "stopped"
     processes = start_ranks(2, words(config, run_dir), config.parent / "stopped-logs")
