@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 PACKAGES = ("configs", "data_pipeline", "pretrain", "finetune", "launcher")
+S3_SERVER = ["moto[s3]", "flask", "flask-cors"]  # for tests; moto's own extra `server` brings a hundred packages
 
 setup(
     name="millstream",
@@ -43,7 +44,7 @@ setup(
     extras_require={
         "s3": ["s3fs"],
         "datatrove": ["datatrove"],
-        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "hypothesis", "scikit-learn", "warcio", "moto[s3]", "flask", "flask-cors"],
+        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "hypothesis", "scikit-learn", "warcio", *S3_SERVER],
         "bench": ["accelerate"],
     },
 )

@@ -52,13 +52,13 @@ def clean_parts(work: Path, numbers: list[int]) -> None:
     for number, documents, report in read_parts(plan, numbers):
         report.tallies.update({stage.name: Tally() for stage in stages})
         rows: list[np.ndarray] = []
-        compares = compares and not plan.parts[number].held_out
+        compared = compares and not plan.parts[number].held_out
         with writing(plan.clean_text(number)) as raw, ZSTD_LEVEL_1.stream_writer(raw, closefd=False) as file:
             for batch in _batches(_cleaned(documents, stages, report.tallies)):
                 file.write(b"".join(orjson.dumps({"text": d.text, "place": d.place}) + b"\n" for d in batch))
-                if compares:
+                if compared:
                     rows.append(signatures([document.text for document in batch], settings.deduplicate))
-        if compares:
+        if compared:
             with writing(plan.signatures(number)) as file:
                 np.save(file, np.concatenate(rows) if rows else signatures([], settings.deduplicate))
         report.write(plan.report(number))
