@@ -2,9 +2,9 @@
 
 DATA is a folder with pretrain/novels.valid.jsonl.zst, pretrain/reviews.jsonl.zst and tasks/newsgroups/dev.jsonl.zst
 (records of `text`). A span counts as right with the same start, end and kind. Speed is MB of UTF-8 a second of
-processor time on one core: the median of the rounds, with the range, contestants one after the other in each round. The peer is
-datatrove's PIIFormatter (e-mail and public IP addresses only), left out where it is not installed; of it only the
-output is known, so what is counted is how many of the marked addresses are gone from it.
+processor time on one core: the median of the rounds, with the range, contestants one after the other in each round.
+The peer is datatrove's PIIFormatter (e-mail and public IP addresses only), left out where it is not installed; of it
+only the output is known, so what is counted is how many of the marked addresses are gone from it.
 """
 
 from __future__ import annotations

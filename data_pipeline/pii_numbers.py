@@ -123,7 +123,7 @@ def is_iban(account: str) -> bool:
 # --- IP addresses
 
 _IPV4 = re.compile(
-    rf"(?<![{WORD}])(?<![{WORD}][./-])(?<![=!<>~^]=){_NO_TAG_BEFORE}(?:[0-9]{{1,3}}\.){{3}}[0-9]{{1,3}}"
+    rf"(?<![{WORD}])(?<![A-Za-z_\u00c0-\u024f][./-])(?<![0-9]\.)(?<![=!<>~^]=){_NO_TAG_BEFORE}(?:[0-9]{{1,3}}\.){{3}}[0-9]{{1,3}}"
     rf"(?![{WORD}]|\.[0-9]|-[0-9]*[A-Za-z]|\.?{_TAG})"
 )
 # Global unicast addresses are those of 2000::/3. The anchor is a colon: hexadecimal digits are too common.
@@ -192,18 +192,19 @@ _NUMBER_BEFORE = re.compile(r"[0-9][ \u00a0\u202f]$")
 _NUMBER_AFTER = re.compile(rf"[ \u00a0\u202f](?:[0-9]|{_TAG})")
 _HEXADECIMAL_BEFORE, _HEXADECIMAL_AFTER = re.compile(r"\b[0-9a-fA-F]{2}\s$"), re.compile(r"\s[0-9a-fA-F]{2}\b")
 _DATE = re.compile(r"\(?[0-3]?[0-9]([-./])[0-3]?[0-9]\1(?:[12][0-9])?[0-9]{2}(?![0-9])")
-_THOUSANDS = re.compile(r"[0-9]{1,3}(?:[ .][0-9]{3})*[ .]000")
+_YEARS = re.compile(r"\(?(?:1[5-9]|20)[0-9]{2} ?[/\u2010-\u2015-] ?(?:1[5-9]|20)[0-9]{2}(?![0-9])")
+_THOUSANDS = re.compile(r"[0-9]{1,3}(?:[ .][0-9]{3})*[ .]000$")
 _NOT_TRUNK = re.compile(r"[0-9]{3}-[0-9]{2}-[0-9]{4}|[0-9]{5}-[0-9]{4}")  # U.S. social security, ZIP+4
 _BEHIND_WORD = re.compile(rf"{_BEFORE}\(?[0-9](?:{SEPARATOR}{{0,3}}[0-9]){{6,12}}{_AFTER}")
 _PHONE_WORD = re.compile(
-    rf"""(?:(?<![{WORD}])(?:
+    rf"""(?:(?<![{WORD}])(?!(?-i:PHONE)>)(?:
     (?P<strong> (?:tele)?phones? | (?:tele)?fax | t[eé]l(?:[eé](?:fono?|phone|fone))?s? | telefon[a-zéü]* | fone
     | cellulare | celular | m[oó]vil | whatsapp | hotline | gsm | tlf | telf | puh | тел | телефон[а-я]* | моб
     | мобильный | τηλ )
     | cell | mobile? | portable | handy | call | dial | ring | voice | cep | kom | ll[aá]m(?:a|e|ar)\ al | звоните
     )(?![{WORD}\u0370-\u052f])
     | (?P<unspaced> 电话 | 電話 | 手机 | 手機 | 携帯 | 联系方式 | 전화 | 휴대폰 | هاتف | फ़ोन )
-    )[^0-9\n]{{0,15}}$""",
+    )(?:(?!{_TAG})[^0-9\n]){{0,15}}$""",
     re.VERBOSE | re.IGNORECASE,
 )
 CONTEXT_CHARACTERS = 32
@@ -262,7 +263,7 @@ def _is_national(match: re.Match[str]) -> bool:
         return False
     groups = re.findall("[0-9]+", written)
     if form == "nanp":  # 206.768 2823 is a decimal number, 259-264 1970 pages and a year
-        return (written.count(".") != 1 or "(" in written) and not re.search("-[0-9]{3} ", written)
+        return (written.count(".") != 1 or "(" in written) and not re.search("-[0-9]{3} (?:1[5-9]|20)[0-9]{2}$", written)
     if form == "trunk":
         in_dump = _HEXADECIMAL_BEFORE.search(before) and _HEXADECIMAL_AFTER.match(after)
         return not in_dump and _is_trunk(written, groups)
@@ -282,7 +283,7 @@ def _is_trunk(written: str, groups: list[str]) -> bool:
 def _behind_phone_word(text: str, start: int, end: int) -> Iterator[Span]:
     match = _BEHIND_WORD.match(text, start, end)
     word = match and _PHONE_WORD.search(text[max(0, start - CONTEXT_CHARACTERS) : start])
-    if not match or not word or _DATE.match(match[0]) or _THOUSANDS.fullmatch(match[0]):
+    if not match or not word or any(form.match(match[0]) for form in (_DATE, _YEARS, _THOUSANDS)):
         return
     groups = re.findall("[0-9]+", match[0])
     named = word["strong"] or word["unspaced"]
