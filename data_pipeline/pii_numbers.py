@@ -5,8 +5,8 @@ characters; the rules see only these. Cards and accounts have checksums, IPv4 ad
 number has no mark of its own, so it has to be written like one (an international prefix, the groups of a national
 form) or to stand behind a word like `tel.`; dates, ISBNs, scores, ranges and rows of tables do neither.
 
-A library of all countries' numbering plans (phonenumbers, 48 MB) was tried as a second step: of the numbers found in
-2 MB of Usenet and in the labelled set it rejects none that is wrong, and 4 % that were right.
+A library of all countries' numbering plans (phonenumbers, 48 MB) was tried as a second step and left out: of 497 numbers
+found in 2 MB of Usenet and in the labelled set, none of them wrong, it calls 17 invalid.
 """
 
 from __future__ import annotations
@@ -263,7 +263,8 @@ def _is_national(match: re.Match[str]) -> bool:
         return False
     groups = re.findall("[0-9]+", written)
     if form == "nanp":  # 206.768 2823 is a decimal number, 259-264 1970 pages and a year
-        return (written.count(".") != 1 or "(" in written) and not re.search("-[0-9]{3} (?:1[5-9]|20)[0-9]{2}$", written)
+        is_decimal = written.count(".") == 1 and "(" not in written
+        return not is_decimal and not re.search("-[0-9]{3} (?:1[5-9]|20)[0-9]{2}$", written)
     if form == "trunk":
         in_dump = _HEXADECIMAL_BEFORE.search(before) and _HEXADECIMAL_AFTER.match(after)
         return not in_dump and _is_trunk(written, groups)
