@@ -148,11 +148,9 @@ def pieces(text: str, cut: Cut) -> Iterator[str]:
 
 
 def _last_border(content: bytes, cut: Cut) -> int:
-    """Where the last chunk begins that is surely one, in characters; 0: there is none."""
+    """Where the last chunk begins, in characters, if another is before it: then it surely begins there; else 0."""
     starts, _ = cut(np.frombuffer(b"".join([_BETWEEN, content, _BETWEEN]), np.uint8))
-    # `cut` looks three bytes ahead, and back to what is before the last white space
-    inside = starts[2:][starts[2:] < len(content) - 4] - 1
-    return len(content[: inside[-1]].decode()) if len(inside) else 0
+    return len(content[: starts[-1] - 1].decode()) if len(starts) > 1 else 0
 
 
 def _grouped(texts: list[str]) -> Iterator[list[str]]:

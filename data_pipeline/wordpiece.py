@@ -95,7 +95,10 @@ class _Isolate(dict):
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Pieces for the normalizer, which looks over no border but that of a mark to the character it stands on."""
+    """Pieces for the normalizer, which looks over no border but those between a character and its marks.
+
+    They begin with a character that is no mark, unless there are `NORMALIZED_AT_ONCE` marks in a row.
+    """
     start = 0
     while len(text) - start > NORMALIZED_AT_ONCE:
         stop = start + NORMALIZED_AT_ONCE

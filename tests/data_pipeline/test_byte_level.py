@@ -126,6 +126,38 @@ def test_document_without_a_place_to_cut_has_the_ids_of_tokenizers(gpt2, encode_
         assert encode_gpt2([text])[0].tolist() == ordinary(gpt2).encode(text).ids
 
 
+@pytest.mark.parametrize("name", long_documents(1))
+def test_merges_of_white_space_reach_as_far_as_in_tokenizers(name, monkeypatch):
+    tokenizer = byte_bpe(
+        ("Ġ", "Ġ"), ("ĠĠ", "ĠĠ"), ("Ġ", "Ċ"), ("ĠĊ", "ĠĊ"), ("Ċ", "ĉ"), ("Â", "ł"), ("Âł", "Âł"), ("Âł", "Ġ")
+    )
+    encode = encoder(tokenizer)
+    monkeypatch.setattr(byte_level, "LONG_CHUNK", 10)
+    for size in (20, 21, 22, 23):
+        for text in (long_documents(size)[name], f"y {long_documents(size)[name]} y"):
+            assert encode([text])[0].tolist() == tokenizer.encode(text).ids, repr(text)
+
+
+@pytest.mark.parametrize("first", [*"aZ19'.-_~\x00\x1f\x7f \n\téя日²٣½。’\xa0\u2003\u200b🎉"])
+def test_cut_never_parts_what_the_pattern_keeps_together(first):
+    to_character = byte_characters()
+    for second in "sZ1'.-\x00 \n\té日²٣。’\xa0🎉":
+        tokenizer = byte_bpe((to_character[first.encode()[-1]], to_character[second.encode()[0]]))
+        encode = encoder(tokenizer)
+        for text in (f"{first}{second}", f"a{first}{second}s", f" {first}{second} ", f"'{first}{second}\n\n"):
+            assert encode([text])[0].tolist() == tokenizer.encode(text).ids, repr(text)
+
+
+@pytest.mark.parametrize("space", byte_level._SPACES)
+def test_white_space_that_is_not_ascii_is_not_parted_from_spaces_after_it(space):
+    to_character = byte_characters()
+    first = [to_character[byte] for byte in space.encode()]
+    tokenizer = byte_bpe((first[-1], "Ġ"), ("Ġ", "Ġ"))
+    assert ranks(tokenizer) is not None
+    for text in (f"x{space}  y", f"x{space} y", f"x{space} ", f"é{space}   "):
+        assert encoder(tokenizer)([text])[0].tolist() == tokenizer.encode(text).ids
+
+
 @pytest.mark.parametrize("name", ["one letter", "spaces, then a word"])
 def test_ten_megabytes_of_one_character_take_seconds(encode_gpt2, name):
     text = ("a" if name == "one letter" else " ") * 10_000_000 + ("" if name == "one letter" else "x")

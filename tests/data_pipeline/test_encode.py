@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import tracemalloc
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from configs.schema import TokenizerConfig
@@ -26,7 +27,7 @@ SAMPLE = [
     "def f(x):\n    return x ** 2  # squares, 1234567890 times\n",
     "Größer, schöner. 日本語の文章です。 Привет, мир! 🎉🎉 मानव अधिकारों",
 ] * 20
-KINDS = ["byte_bpe", "wordpiece", "uncased", "unigram", "characters"]
+KINDS = ["byte_bpe", "odd_bpe", "wordpiece", "uncased", "unigram", "characters"]
 PUBLISHED = ["gpt2", "bert-base-uncased", "bert-base-cased", "t5"]
 
 # What is special to one of the tokenizers: white space of all kinds, characters that are dropped, joined, decomposed or
@@ -75,12 +76,26 @@ ANY_TEXT = st.lists(
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    made = {}
-    for kind in KINDS:
+    made = {"odd_bpe": odd_bpe()}
+    for kind in set(KINDS) - {"odd_bpe"}:
         type_ = "wordpiece" if kind == "uncased" else kind
         config = TokenizerConfig(type=type_, vocab_size={"unigram": 150}.get(kind, 500), lowercase=kind == "uncased")
         made[kind] = make_tokenizer(config, SAMPLE, tmp_path_factory.mktemp(kind))
     return made
+
+
+def odd_bpe() -> Tokenizer:
+    """Merges over all borders that GPT-2's pattern knows, so that a wrong cut gives other ids."""
+    drawn = random.Random(0)
+    characters = [*ODD, *SPACES, *"aé1²'.,日", " ", " ", "\xa0"]
+    texts = ["".join(drawn.choices(characters, k=30)) for _ in range(2000)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=4000, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
 
 
 def by_tokenizers(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]:

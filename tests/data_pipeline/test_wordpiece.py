@@ -100,6 +100,18 @@ def test_long_words_are_normalized_in_pieces_with_the_same_ids(shared_data, name
     run()
 
 
+def test_marks_are_put_in_order_across_the_pieces_of_a_long_word(monkeypatch):
+    # U+302E goes after U+1D165 when a text is decomposed; neither is dropped with the accents
+    vocabulary = VOCABULARY | {"##\u302e": 9, "##\U0001d165": 10}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    assert same(tokenizer, "aa\u302e\U0001d165a") == [1, 2, 10, 9, 2]
+    for size in (3, 4):  # more than there are marks in a row
+        monkeypatch.setattr(wordpiece, "NORMALIZED_AT_ONCE", size)
+        assert same(tokenizer, "aa\u302e\U0001d165a") == [1, 2, 10, 9, 2]
+
+
 @pytest.mark.parametrize("name", ["one letter", "ideographs", "base64", "accents", "spaces"])
 def test_megabytes_without_white_space_have_the_ids_of_tokenizers(shared_data, name):
     drawn = random.Random(0)
