@@ -40,9 +40,9 @@ class CleanConfig(Section):
     languages: list[str] = []  # ISO 639-1 codes; documents identified as another language are dropped
     min_language_score: Fraction = 0.5  # and those identified with less certainty
     quality: list[Literal["gopher", "gopher_repetition", "c4"]] = []  # rules of these papers; see quality.py
-    pii: list[Literal["email", "phone", "ip", "card", "key"]] = []  # replaced by <EMAIL>, <PHONE>, ...
     decontaminate: list[str] = []  # files of test sets; documents that share an n-gram with them are dropped
     decontaminate_words: PositiveInt = 13  # n of that n-gram, in words (Brown et al. 2020)
+    pii: list[Literal["email", "phone", "ip", "card", "key"]] = []  # replaced by <EMAIL>, <PHONE>, ...
 
 
 class DedupeConfig(Section):

@@ -30,7 +30,7 @@ from data_pipeline.shards import read_manifest
 from data_pipeline.tally import Tally
 
 POLL_SECONDS = 0.5  # between two looks at which parts are finished
-STAGES = ("read", "html", "mojibake", "unicode", "language", "quality", "pii", "decontaminate")  # in this order
+STAGES = ("read", "html", "mojibake", "unicode", "language", "quality", "decontaminate", "pii")  # in this order
 
 
 class Progress:

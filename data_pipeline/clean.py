@@ -50,13 +50,13 @@ def make_stages(config: CleanConfig) -> list[Stage]:
         stages.append(Stage("language", partial(_language_stage, languages=languages, min_score=min_score)))
     if config.quality:
         stages.append(Stage("quality", partial(_quality_stage, rules=config.quality)))
-    if config.pii:
-        stages.append(Stage("pii", partial(_pii_stage, kinds=config.pii)))
     if config.decontaminate:
         from data_pipeline.decontaminate import load_ngrams
 
         ngrams = load_ngrams(config.decontaminate, config.decontaminate_words)
         stages.append(Stage("decontaminate", partial(_decontaminate_stage, ngrams=ngrams)))
+    if config.pii:
+        stages.append(Stage("pii", partial(_pii_stage, kinds=config.pii)))
     return stages
 
 
