@@ -58,6 +58,11 @@ def stamp(url: str) -> tuple[int | None, str]:
     return info.get("size"), str(info.get("ETag") or info.get("LastModified") or info.get("Last-Modified") or "")
 
 
+def exists(url: str) -> bool:
+    """Whether there is a file or folder at an address. Raises DataError where that cannot be found out."""
+    return _info(url) is not None
+
+
 def attempt(url: str, do: Callable[[], T], waits: Sequence[float] | None = None) -> T:
     """do(), again after `waits` (none: WAITS_SECONDS) if it fails as networks fail.
 

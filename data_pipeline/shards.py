@@ -151,6 +151,10 @@ class Dataset:
         """
         self._store.prefetch(self.shards[number] for number in shards)
 
+    def release(self, shard: int) -> None:
+        """Unmap a shard that was read from end to end, so that its pages do not count as memory in use."""
+        self._mapped[shard] = None
+
     def _shard(self, number: int) -> MappedShard:
         shard = self._mapped[number]
         if shard is None:

@@ -1,37 +1,60 @@
-"""Look at a dataset: `millstream data inspect|head|verify DIR`; DIR is data.dir or one of its splits."""
+"""Look at a dataset: `millstream data inspect|head|verify`, of data.dir, of one of its splits or of an address."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from configs.load import ConfigError, load_pretrain
 from configs.schema import PretrainConfig
+from data_pipeline import mixture
+from data_pipeline.build_report import Progress
+from data_pipeline.command import find_splits, open_splits, options
 from data_pipeline.errors import DataError
+from data_pipeline.packing import packing_report
 from data_pipeline.parts import SPLITS
-from data_pipeline.shards import Dataset, open_dataset, verify_dataset
+from data_pipeline.remote_sources import is_remote
+from data_pipeline.samples import Samples, mixture_stages, open_samples, tokens_before
+from data_pipeline.shards import Dataset, verify_dataset
 from data_pipeline.tokenizer import load_tokenizer
 
-USAGE = "usage: millstream data inspect|head|verify DIR [documents=N] [picture=FILE.png]"
-BAR_WIDTH = 40  # characters of the longest bar
+USAGE = """\
+usage: millstream data inspect DIR|CONFIG [documents=2] [seq_len=N] [picture=FILE.png]
+       millstream data head DIR [documents=5]
+       millstream data verify DIR
+
+  inspect  sizes, lengths of documents, some documents; with seq_len what both packings would do. Of a configuration
+           also its mixture; further words are settings, as for pretrain
+  head     the first documents, whole
+  verify   compare every byte with its checksum"""
+BAR_WIDTH = 30  # characters of the longest bar
+SHOWN_CHARACTERS = 400  # of a document that is not shown whole
+# Epochs up to which repeated data is about as good as new data (Muennighoff et al. 2023, "Scaling data-constrained
+# language models", section 6)
+USEFUL_EPOCHS = 4
+# A terminal obeys control characters, and a document may hold any
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(
+    range(127, 160), 0xFFFD
+)
 
 
 def main() -> int:
+    console = Console(highlight=False, emoji=False, markup=False)
     try:
         match sys.argv[1:]:
             case ["inspect", place, *words]:
-                inspect(place, options(words, documents=2, picture=""), Console(highlight=False))
+                inspect(place, words, console)
             case ["head", place, *words]:
-                head(place, options(words, documents=5), Console(highlight=False))
+                head(place, words, console)
             case ["verify", place]:
-                return verify(place, Console(highlight=False))
+                return verify(place, console)
             case _:
                 raise ConfigError(USAGE)
     except (ConfigError, DataError) as error:
@@ -40,140 +63,184 @@ def main() -> int:
     return 0
 
 
-def options(words: list[str], **defaults: int | str) -> dict[str, int | str]:
-    """`key=value` words over defaults of the same types. Raises ConfigError."""
-    values = dict(defaults)
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in defaults:
-            raise ConfigError(f"{word}: known here: {', '.join(f'{name}=' for name in defaults)}")
-        if isinstance(defaults[key], int):
-            if not value.isdigit():
-                raise ConfigError(f"{word}: expected a number")
-            values[key] = int(value)
-        else:
-            values[key] = value
-    return values
-
-
-def find_splits(place: str) -> list[Path]:
-    """The dataset directories that `place` stands for. Raises DataError where there is none."""
-    root = Path(place)
-    if (root / "manifest.json").is_file():
-        return [root]
-    found = [root / name for name in SPLITS if (root / name / "manifest.json").is_file()]
-    if not found:
-        raise DataError(f"{place}: holds no finished dataset; make it with `millstream data build CONFIG`")
-    return found
-
-
-def inspect(place: str, chosen: dict[str, int | str], console: Console) -> None:
-    """Sizes, lengths of documents and samples of each split; of a configuration also its mixture and its packing."""
+def inspect(place: str, words: list[str], console: Console) -> None:
+    """Print what USAGE says. Raises DataError, ConfigError."""
+    settings = [word for word in words if "." in word.partition("=")[0]]
+    chosen = options([word for word in words if word not in settings], {"documents": 2, "seq_len": 0, "picture": ""})
+    seq_lens = [chosen["seq_len"]] if chosen["seq_len"] else []
     if place.endswith((".yaml", ".yml")):
-        config = load_pretrain(place)
-        show_order(config, console)
-        places = [source.dir for source in config.data.mixture.values()] or [config.data.dir]
+        config = load_pretrain(place, settings)
+        datasets = configured(config)
+        shown = {label: dataset for label, dataset in datasets.items() if not label.endswith("/validation")}
+        show_run(config, console)
+        if config.model.architecture == "gpt":
+            seq_lens = seq_lens or sorted({config.train.seq_len, *(phase.seq_len for phase in config.train.phases)})
+    elif settings:
+        raise ConfigError(f"{settings[0]}: settings go with a configuration, {place} is none")
     else:
-        places = [place]
-    datasets = [open_dataset(directory) for name in places for directory in find_splits(name)]
-    console.print(sizes_table(datasets))
-    for dataset in datasets:
-        show_lengths(dataset, console)
+        shown = datasets = labelled(place, open_splits(place))
+    show_sizes(datasets, console)
+    for label, dataset in shown.items():
+        show_lengths(label, dataset, console)
+    for seq_len in seq_lens:
+        show_packing(shown, seq_len, console)
     if chosen["picture"]:
-        draw_lengths(datasets, Path(str(chosen["picture"])))
-        console.print(f"{chosen['picture']} shows the lengths")
-    for dataset in datasets:
-        show_documents(dataset, spread(dataset, int(chosen["documents"])), console, 300)
-    for dataset in datasets:
-        if (dataset.path / "card.html").exists():
-            console.print(f"{dataset.path / 'card.html'} describes how it was built")
-            break
+        draw_lengths(shown, Path(chosen["picture"]))
+        console.print(f"{chosen['picture']} shows the lengths\n", soft_wrap=True)
+    for label, dataset in shown.items():
+        show_documents(label, dataset, spread(dataset, chosen["documents"]), console, SHOWN_CHARACTERS)
+    cards = [dataset.path / "card.html" for dataset in datasets.values() if (dataset.path / "card.html").exists()]
+    if cards:
+        console.print(f"{cards[0]} says how it was made", soft_wrap=True)
 
 
-def head(place: str, chosen: dict[str, int | str], console: Console) -> None:
-    """The first documents, whole."""
-    dataset = open_dataset(find_splits(place)[0])
-    show_documents(dataset, range(min(int(chosen["documents"]), dataset.num_documents)), console, None)
+def head(place: str, words: list[str], console: Console) -> None:
+    """Print the first documents, whole. Raises DataError, ConfigError."""
+    chosen = options(words, {"documents": 5})
+    label, dataset = next(iter(labelled(place, open_splits(place)).items()))
+    show_documents(label, dataset, range(min(chosen["documents"], dataset.num_documents)), console, None)
 
 
 def verify(place: str, console: Console) -> int:
-    """Read every byte of every file and compare it with its checksum; exit code 1 if something is wrong."""
-    faults = [fault for directory in find_splits(place) for fault in verify_dataset(directory)]
+    """Compare every byte with its checksum; prints all faults and returns 1 if there are any. Raises DataError."""
+    if is_remote(place):
+        raise DataError(
+            f"{place}: only a folder can be verified; shards at an address are compared with their checksums whenever "
+            f"they are transferred"
+        )
+    root = Path(place)
+    folders = [root / name for name in SPLITS if (root / name).is_dir()]
+    if (root / "manifest.json").is_file() or not folders:
+        folders = [Path(split) for split in find_splits(place).values()]
+    faults = []
+    total = sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())
+    with Progress(console) as progress, progress.phase("verify", total) as advance:
+        for folder in folders:
+            faults += verify_dataset(folder, advance)
     for fault in faults:
         print(fault, file=sys.stderr)
-    if not faults:
-        console.print(f"{place}: every byte is as it was written")
-    return 1 if faults else 0
+    if faults:
+        print(f"{place}: {len(faults)} faults", file=sys.stderr)
+        return 1
+    console.print(f"{place}: all {total:,} bytes are as they were written", soft_wrap=True)
+    return 0
 
 
-def sizes_table(datasets: list[Dataset]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("dataset")
-    for column in ("documents", "tokens", "shards", "MB", "vocabulary", "longest", "mean", "median"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for dataset in datasets:
-        found = lengths(dataset)
-        table.add_row(
-            escape(str(dataset.path)),
-            f"{dataset.num_documents:,}",
-            f"{dataset.num_tokens:,}",
-            str(len(dataset.shards)),
-            f"{sum(shard['bytes'] for shard in dataset.shards) / 1e6:,.1f}",
-            f"{dataset.vocab_size:,}",
-            f"{found.max():,}",
-            f"{found.mean():,.0f}",
-            f"{int(np.median(found)):,}",
-        )
+def labelled(place: str, datasets: dict[str, Dataset]) -> dict[str, Dataset]:
+    """The datasets by the last part of their place, which is the split."""
+    return {split.rstrip("/").rpartition("/")[2] or place: dataset for split, dataset in datasets.items()}
+
+
+def configured(config: PretrainConfig) -> dict[str, Dataset]:
+    """The datasets of a configuration: by split, or by source and split."""
+    data = config.data
+    if not data.mixture:
+        return labelled(data.dir, open_splits(data.dir, data.cache))
+    return {
+        f"{name}/{label}": dataset
+        for name, source in sorted(data.mixture.items())
+        for label, dataset in labelled(source.dir, open_splits(source.dir, data.cache)).items()
+    }
+
+
+def table_of(title: str, *columns: str) -> Table:
+    """A table whose first column is to the left and all others to the right."""
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1), title=Text(title, "bold"), title_justify="left"
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
     return table
 
 
-def lengths(dataset: Dataset) -> np.ndarray:
-    """Tokens of every document, (documents,) int64."""
-    return np.concatenate([dataset.document_lengths(shard) for shard in range(len(dataset.shards))])
-
-
-def histogram(found: np.ndarray) -> list[tuple[int, int, int]]:
-    """(power of two, documents of at least that many tokens and fewer than twice as many, their tokens)."""
-    powers = np.frexp(found.astype(np.float64))[1] - 1
-    return [
-        (1 << power, int((powers == power).sum()), int(found[powers == power].sum()))
-        for power in range(int(powers.min()), int(powers.max()) + 1)
-    ]
-
-
-def show_lengths(dataset: Dataset, console: Console) -> None:
-    rows = histogram(lengths(dataset))
-    most = max(documents for _, documents, _ in rows)
-    table = Table(box=box.SIMPLE_HEAD, title=f"tokens a document: {escape(str(dataset.path))}", title_justify="left")
-    for column in ("from", "documents", "share of tokens"):
-        table.add_column(column, justify="right")
-    table.add_column("")
-    for low, documents, tokens in rows:
-        bar = "█" * -(-BAR_WIDTH * documents // most) if documents else ""
-        table.add_row(f"{low:,}", f"{documents:,}", f"{100 * tokens / dataset.num_tokens:.1f} %", bar)
+def show_sizes(datasets: dict[str, Dataset], console: Console) -> None:
+    table = table_of("sizes", "", "documents", "tokens", "shards", "bytes")
+    for label, dataset in datasets.items():
+        num_bytes = sum(shard["bytes"] for shard in dataset.shards)
+        counts = (dataset.num_documents, dataset.num_tokens, len(dataset.shards), num_bytes)
+        table.add_row(Text(label), *(f"{count:,}" for count in counts))
     console.print(table)
+    vocabularies = {f"vocabulary of {dataset.vocab_size:,}, ids of {dataset.dtype}" for dataset in datasets.values()}
+    console.print(f"\n{'; '.join(sorted(vocabularies))}\n")
 
 
-def draw_lengths(datasets: list[Dataset], file: Path) -> None:
-    """The same as a picture: documents and tokens by length, one row of panels a dataset."""
+def length_counts(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """(lengths in tokens, ascending, how many documents have each); memory for one shard's documents."""
+    totals: dict[int, int] = {}
+    for shard in range(len(dataset.shards)):
+        lengths, counts = np.unique(dataset.document_lengths(shard), return_counts=True)
+        for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
+            totals[length] = totals.get(length, 0) + count
+    ascending = sorted(totals)
+    return np.array(ascending), np.array([totals[length] for length in ascending])
+
+
+def histogram(lengths: np.ndarray, counts: np.ndarray) -> list[tuple[int, int, int]]:
+    """(power of two, documents of at least that many tokens and fewer than twice as many, their tokens)."""
+    powers = np.frexp(lengths.astype(np.float64))[1] - 1
+    rows = []
+    for power in range(int(powers[0]), int(powers[-1]) + 1):
+        here = powers == power
+        rows.append((1 << power, int(counts[here].sum()), int((lengths * counts)[here].sum())))
+    return rows
+
+
+def show_lengths(label: str, dataset: Dataset, console: Console) -> None:
+    lengths, counts = length_counts(dataset)
+    median = lengths[np.searchsorted(np.cumsum(counts), (dataset.num_documents + 1) // 2)]
+    mean = dataset.num_tokens / dataset.num_documents
+    title = f"{label}: {mean:,.0f} tokens a document, median {median:,}, longest {lengths[-1]:,}"
+    table = table_of(title, "tokens", "documents", "share of tokens")
+    table.columns[0].justify = "right"
+    table.add_column("")
+    rows = histogram(lengths, counts)
+    most = max(documents for _, documents, _ in rows)
+    for low, documents, tokens in rows:
+        bar = "█" * -(-BAR_WIDTH * documents // most)
+        span = f"{low:,} – {2 * low - 1:,}" if low > 1 else "1"
+        table.add_row(span, f"{documents:,}", f"{100 * tokens / dataset.num_tokens:.1f} %", f" {bar}")
+    console.print(table)
+    console.print()
+
+
+def draw_lengths(datasets: dict[str, Dataset], file: Path) -> None:
+    """The same as a picture: documents and tokens by length, a row of panels for each dataset. Raises DataError."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, panels = pyplot.subplots(len(datasets), 2, figsize=(10, 3 * len(datasets)), squeeze=False)
-    for (left, right), dataset in zip(panels, datasets, strict=True):
-        rows = histogram(lengths(dataset))
-        labels = [f"{low:,}" for low, _, _ in rows]
-        for axes, column, title in ((left, 1, "documents"), (right, 2, "tokens")):
-            axes.bar(labels, [row[column] for row in rows], color="#4477aa")
-            axes.set_title(f"{dataset.path.name}: {title} by length", fontsize=10)
-            axes.set_xlabel("tokens a document, from")
-            axes.tick_params(axis="x", labelrotation=60, labelsize=8)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    for (left, right), (label, dataset) in zip(panels, datasets.items(), strict=True):
+        rows = histogram(*length_counts(dataset))
+        for axes, column, what in ((left, 1, "documents"), (right, 2, "tokens")):
+            axes.bar([f"{low:,}" for low, _, _ in rows], [row[column] for row in rows], color="#4477aa")
+            axes.set_title(f"{label}: {what} by length of the document", fontsize=10)
+            axes.set_xlabel("tokens of the document, from this number to twice as many", fontsize=8)
+            axes.tick_params(labelsize=8)
+            axes.tick_params(axis="x", labelrotation=45)
+            axes.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+            axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+            axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    try:
+        figure.savefig(file, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: a kind of picture that matplotlib does not know
+        raise DataError(f"picture={file}: cannot be written ({error}); name a .png or .svg file") from error
     pyplot.close(figure)
+
+
+def show_packing(datasets: dict[str, Dataset], seq_len: int, console: Console) -> None:
+    table = table_of(f"rows of {seq_len:,} tokens", "", "data.packing", "rows", "documents cut", "padding")
+    table.columns[1].justify = "left"
+    for label, dataset in datasets.items():
+        report = packing_report(dataset, seq_len)
+        for name in ("concatenate", "best_fit"):
+            found = report[name]
+            shares = [f"{100 * found[share]:.2f} %" for share in ("truncated", "padding")]
+            table.add_row(Text(label if name == "concatenate" else ""), name, f"{found['rows']:,}", *shares)
+    console.print(table)
+    console.print()
 
 
 def spread(dataset: Dataset, count: int) -> list[int]:
@@ -182,21 +249,65 @@ def spread(dataset: Dataset, count: int) -> list[int]:
     return [(2 * number + 1) * dataset.num_documents // (2 * count) for number in range(count)]
 
 
-def show_documents(
-    dataset: Dataset, numbers: Iterator[int] | range | list[int], console: Console, limit: int | None
-) -> None:
-    """Decoded documents, each with its number and length; `limit`: characters shown."""
+def show_documents(label: str, dataset: Dataset, numbers: Iterable[int], console: Console, limit: int | None) -> None:
+    """Decoded documents, each with its number and length; `limit`: characters shown, none: all, special tokens too."""
     tokenizer = load_tokenizer(dataset.path)
     for number in numbers:
         start, stop = dataset.document(number)
-        text = tokenizer.decode(dataset.tokens(start, stop).tolist(), skip_special_tokens=limit is not None)
-        console.rule(f"[dim]{escape(str(dataset.path))}, document {number:,}: {stop - start:,} tokens", align="left")
-        shortened = text if limit is None or len(text) <= limit else text[:limit] + " ..."
-        console.print(shortened, markup=False)
+        shown = stop if limit is None else min(stop, start + limit)  # a token has a character, about, or more
+        text = tokenizer.decode(dataset.tokens(start, shown).tolist(), skip_special_tokens=limit is not None)
+        if limit is not None and (len(text) > limit or shown < stop):
+            text = text[:limit].rstrip() + " ..."
+        console.rule(Text(f"{label}, document {number:,}, {stop - start:,} tokens", "dim"), align="left", style="dim")
+        console.print(Text(text.translate(VISIBLE)), soft_wrap=limit is None)
+        console.print()
 
 
-def show_order(config: PretrainConfig, console: Console) -> None:
-    """What a run of this configuration sees: each source's share and epochs, and what packing cuts and pads."""
+def show_run(config: PretrainConfig, console: Console) -> None:
+    """How often a run of the configuration sees each source, and what part it is of what is seen."""
+    samples, train = open_samples(config, "train"), config.train
+    place = train.num_steps * train.global_batch_size
+    names = sorted(config.data.mixture) or [config.data.dir]
+    sizes = np.array([[rows.num_rows for rows in phase.rows] for phase in samples.phases])  # (phases, sources)
+    drawn = draws(samples, train.num_steps)  # (phases, sources)
+    epochs = (drawn / sizes).sum(axis=0)
+    title = f"{train.num_steps:,} steps: {place:,} samples, {tokens_before(train, train.num_steps):,} tokens"
+    rows_of = [f"rows of {phase.seq_len:,}" for phase in samples.phases]
+    shares_of = ["first step", "last step", "all steps"] if config.data.mixture else []
+    table = table_of(title, "source", *rows_of, "drawn", "epochs", *shares_of)
+    shares = [*weights_at_ends(config, sizes[0].tolist()), drawn.sum(axis=0) / place]
+    for source, name in enumerate(names):
+        counts = [f"{count:,}" for count in [*sizes[:, source], drawn[:, source].sum()]]
+        percents = [f"{100 * share[source]:.1f} %" for share in shares[: len(shares_of)]]
+        table.add_row(Text(name), *counts, f"{epochs[source]:.2f}", *percents)
+    console.print(table)
+    console.print()
+    if (epochs > USEFUL_EPOCHS).any():
+        repeated = [f"{names[source]} is seen {epochs[source]:.1f} times" for source in np.argsort(-epochs)]
+        console.print(
+            f"warning: {', '.join(repeated[: (epochs > USEFUL_EPOCHS).sum()])}. Beyond {USEFUL_EPOCHS} epochs repeated "
+            f"text teaches less and less (Muennighoff et al. 2023): add text, train for fewer steps"
+            + (" or lower its weight\n" if config.data.mixture else "\n")
+        )
+
+
+def draws(samples: Samples, num_steps: int) -> np.ndarray:
+    """Samples that a run of num_steps draws in each phase from each source, (phases, sources) int64."""
+    size = samples.config.train.global_batch_size
+    steps = [min(phase.first_step, num_steps) for phase in samples.phases] + [num_steps]
+
+    def before(step: int) -> np.ndarray:
+        return np.array([step * size]) if samples.mixture is None else mixture.counts(samples.mixture, step * size)
+
+    return np.diff([before(step) for step in steps], axis=0)
+
+
+def weights_at_ends(config: PretrainConfig, num_rows: list[int]) -> list[np.ndarray]:
+    """The sources' shares in the first and in the last step, (sources,) each."""
+    stages = mixture_stages(config, num_rows)
+    last_place = config.train.num_steps * config.train.global_batch_size - 1
+    last = [weights for first, weights in stages if first <= last_place][-1]
+    return [np.array(weights) / sum(weights) for weights in (stages[0][1], last)]
 
 
 if __name__ == "__main__":
