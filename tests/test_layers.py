@@ -21,6 +21,8 @@ MAY_IMPORT = {
 KEEPS_A_RUN = {"engine", "runtime", "checkpoint", "metrics", "report", "optim"}
 ENTRY_FILES = {
     "data_pipeline.build",
+    "data_pipeline.exchange",
+    "data_pipeline.show",
     "pretrain.train",
     "pretrain.export",
     "finetune.run",
@@ -30,6 +32,7 @@ ENTRY_FILES = {
 PURE = {
     "data_pipeline.order",
     "data_pipeline.mixture",
+    "data_pipeline.chance",
     "data_pipeline.pack",
     "data_pipeline.mask",
     "configs.deepspeed_json",
