@@ -16,6 +16,7 @@ import bz2
 import gzip
 import hashlib
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -175,7 +176,7 @@ def _find_shard(folder: Path, shard: MdsShard) -> FoundShard:
             path = PurePosixPath(described.basename)
             if path.is_absolute() or ".." in path.parts:
                 raise DataError(f"{folder / 'index.json'}: names {path}, which is outside of the folder")
-            if (folder / path).is_file():
+            if os.path.isfile(folder / path):  # False also for a name that no file can have
                 compression = None if described is shard.raw_data else shard.compression
                 return FoundShard(folder / path, described, compression, shard)
     raise DataError(f"{folder / shard.raw_data.basename}: is missing, index.json names it; {COPY_AGAIN}")

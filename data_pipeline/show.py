@@ -60,6 +60,9 @@ def main() -> int:
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"{error.filename}: cannot be read ({error.strerror})", file=sys.stderr)
+        return 1
     return 0
 
 

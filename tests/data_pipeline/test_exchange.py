@@ -494,6 +494,8 @@ def test_commands_end_with_what_they_made(tmp_path, tokenizer):
         (["export", "parquet", "a", "b"], "usage: millstream data merge"),
         (["merge", "a", "b"], "usage: millstream data merge"),
         (["merge", "a", "b", "c"], "b: holds no finished dataset"),
+        (["merge", "a", "b", "c" * 300], "b: holds no finished dataset"),
+        (["export", "arrow", "a" * 300, "b"], "cannot be read (File name too long)"),
         (["import", "mds", "a", "b", "tokenizer=c"], "c: holds no tokenizer"),
     ],
 )

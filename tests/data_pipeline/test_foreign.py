@@ -217,6 +217,7 @@ MDS_INDEX_DAMAGE = {  # change, what the error says
     "outside": (lambda i: i["shards"][0]["raw_data"].update(basename="../../etc/passwd"), "outside of the folder"),
     "absolute": (lambda i: i["shards"][0]["raw_data"].update(basename="/etc/passwd"), "outside of the folder"),
     "nul": (lambda i: i["shards"][0]["raw_data"].update(basename="a\0b"), "is missing"),
+    "long name": (lambda i: i["shards"][0]["raw_data"].update(basename="a" * 300), "is missing"),
     "folder": (lambda i: i["shards"][0]["raw_data"].update(basename="."), "is missing"),
     "missing file": (lambda i: i["shards"][0]["raw_data"].update(basename="shard.7.mds"), "shard.7.mds: is missing"),
     "size": (lambda i: i["shards"][0]["raw_data"].update(bytes=2025), "index.json says 2025"),

@@ -380,6 +380,7 @@ def test_progress_is_shown_on_a_terminal(config):
         (["inspect", "nowhere"], "nowhere: holds no finished dataset"),
         (["head", "nowhere"], "nowhere: holds no finished dataset"),
         (["inspect", "nowhere.yaml"], "nowhere.yaml"),
+        (["inspect", "a" * 300], "cannot be read (File name too long)"),
         (["verify", "a", "b"], "usage: millstream data inspect"),
         (["head", "nowhere", "documents"], "documents: did you mean documents="),
     ],
