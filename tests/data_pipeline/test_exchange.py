@@ -310,22 +310,28 @@ sys.exit(status)
 """
 
 
-def test_memory_of_an_import_does_not_grow_with_the_dataset(tmp_path, tokenizer):
-    peaks = []
+def peak_memory(*words: object) -> int:
+    """Most memory that a command has in use, in kB."""
+    ran = subprocess.run([sys.executable, "-c", PEAK, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return int(ran.stdout.splitlines()[-1])
+
+
+def test_memory_does_not_grow_with_the_dataset(tmp_path, tokenizer):
+    imports, exports = [], []
     for millions in (4, 24):
         tokens = np.random.default_rng(0).integers(1, 60_000, millions * 1_000_000).astype(np.uint16)
         sizes = np.full(millions * 10_000, 100)
         index = struct.pack("<9sQBQQ", foreign.MEGATRON_HEADER, 1, 8, len(sizes), len(sizes) + 1)
         index += sizes.astype("<i4").tobytes() + (np.arange(len(sizes)) * 200).tobytes()
-        (tmp_path / f"a{millions}.idx").write_bytes(index + np.arange(len(sizes) + 1).tobytes())
-        (tmp_path / f"a{millions}.bin").write_bytes(tokens.tobytes())
-        words = ["import", "megatron", tmp_path / f"a{millions}", tmp_path / f"out{millions}"]
-        options = [f"tokenizer={tokenizer}", "shard_tokens=4000000"]
-        command = [sys.executable, "-c", PEAK, *words, *options]
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
-        peaks.append(int(ran.stdout.splitlines()[-1]))
-    assert peaks[1] - peaks[0] < 15_000, peaks  # kB; the larger one has 48 MB of tokens and 5 MB of index
+        source, out = tmp_path / f"source{millions}", tmp_path / f"out{millions}"
+        source.with_suffix(".idx").write_bytes(index + np.arange(len(sizes) + 1).tobytes())
+        source.with_suffix(".bin").write_bytes(tokens.tobytes())
+        options = [f"tokenizer={tokenizer}", "shard_tokens=2000000"]
+        imports.append(peak_memory("import", "megatron", source, out, *options))
+        exports.append(peak_memory("export", "arrow", out, tmp_path / f"arrow{millions}"))
+    assert imports[1] - imports[0] < 15_000, imports  # the larger one has 48 MB of tokens and 5 MB of index,
+    assert exports[1] - exports[0] < 30_000, exports  # and 96 MB of shards
 
 
 # Merge

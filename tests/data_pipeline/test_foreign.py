@@ -270,6 +270,13 @@ def test_bytes_that_are_no_numbers_of_the_type_are_refused():
     assert "shard.00000.mds: sample 0, column tokens: buffer size must be a multiple" in message
 
 
+@pytest.mark.parametrize("shape", [[0, 0], [3], [2, 2]])
+def test_array_of_another_shape_than_it_says_is_refused(shape):
+    value = bytes([len(shape) << 2, *shape]) + np.arange(2, dtype=np.int32).tobytes()
+    with pytest.raises(ValueError, match="cannot reshape array of size 2"):
+        foreign._decode("ndarray:int32", None, value)
+
+
 def test_text_that_is_not_utf8_is_named_with_its_sample(tmp_path):
     folder = copy_of("mds/str", tmp_path)
     edit(folder / "shard.00001.mds", lambda content: content.__setitem__(-1, 0xFF))

@@ -25,7 +25,7 @@ from data_pipeline.samples import mixture_stages, open_samples
 from data_pipeline.shards import DataError, Dataset, open_dataset, write_manifest, write_shard
 from data_pipeline.tokenizer import load_tokenizer
 from tests.conftest import ROOT
-from tests.data_pipeline.token_datasets import bert_config, lengths
+from tests.data_pipeline.token_datasets import bert_config, lengths, write_dataset
 
 WORDS = np.array(["the", "sun", "moon", "[red]stone[/red]", ":smile:", "東京", "runs", "slowly", "."])
 
@@ -100,6 +100,12 @@ def test_inspect_gives_the_lengths_of_documents(config):
         here = [length for length in found if low <= length < 2 * low]
         assert shown[low] == len(here) and abs(float(share) - 100 * sum(here) / sum(found)) < 0.051
     assert sum(shown.values()) == len(found) - found.count(1) and len(shown) > 5
+
+
+@pytest.mark.parametrize(("sizes", "median"), [([1, 9, 5], 5), ([1, 9, 5, 7], 5), ([2, 2, 1], 2), ([4], 4)])
+def test_median_is_the_lower_middle_one(tmp_path, sizes, median):
+    text = printed(show.show_lengths, "train", write_dataset(tmp_path / "data", [sizes]))
+    assert f"median {median}, longest {max(sizes)}" in text
 
 
 def test_longest_bar_is_the_most_frequent_length(config):
