@@ -14,13 +14,15 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
+from contextlib import closing, contextmanager
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +35,18 @@ POLL_SECONDS = 2  # between two looks at the tasks of a SLURM job
 
 
 @contextmanager
-def open_engine(settings: BuildConfig, work: Path) -> Iterator[tuple[Run, int]]:
-    """(run, number of workers) of the engine that `settings` and the environment ask for.
+def open_engine(settings: BuildConfig, work: Path, num_workers: int) -> Iterator[tuple[Run, int]]:
+    """(run, number of workers) of the engine that `settings` ask for.
 
-    `run(function, tasks)` yields results in any order; the first exception of a task is raised and ends the others.
-    `work` is a folder that all workers see.
+    `run(function, tasks)` yields results in any order; the first exception of a task is raised, and ends the others
+    with the context, in the middle of what they do. `work` is a folder that all workers see.
     """
-    num_workers = settings.num_workers or len(os.sched_getaffinity(0))
     if settings.engine == "datatrove":
         yield partial(_run_datatrove, settings, work, num_workers), num_workers
     elif num_workers == 1:
         yield _run_here, 1
     else:
-        # A server process that has imported everything, once, and forks workers: safe where this process has threads.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data_pipeline.passes"])
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-        with ProcessPoolExecutor(num_workers, context, _end_with_parent) as executor:
+        with _open_processes(num_workers) as executor:
             yield partial(_run_executor, executor), num_workers
 
 
@@ -67,9 +64,16 @@ def open_mpi() -> Iterator[tuple[Run, int] | None]:
     from mpi4py import MPI
     from mpi4py.futures import MPICommExecutor
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
         yield None if executor is None else (partial(_run_executor, executor), MPI.COMM_WORLD.Get_size() - 1)
+
+
+def abort_mpi() -> None:
+    """End all ranks at once: without, they would first finish what they have begun, and that may take hours."""
+    from mpi4py import MPI
+
+    MPI.COMM_WORLD.Abort(1)
 
 
 def _run_here(function: Callable[..., Any], tasks: Sequence[Task]) -> Iterator[Any]:
@@ -82,18 +86,38 @@ def _run_executor(executor: Any, function: Callable[..., Any], tasks: Sequence[T
     try:
         for future in as_completed(futures):
             yield future.result()
+    except BrokenExecutor as error:
+        raise DataError(
+            "a worker process was killed, most often by the system because memory ran out (`dmesg` says so); finished "
+            "parts are kept, the same command goes on from them. With fewer data.build.num_workers it needs less memory"
+        ) from error
     finally:
         for future in futures:
             future.cancel()
 
 
-def _end_with_parent() -> None:
-    """A worker of a killed build would wait for work for ever; its parent's end ends it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+@contextmanager
+def _open_processes(num_workers: int) -> Iterator[Executor]:
+    """A pool of processes that end at once with an exception here, or with this process, however it ends."""
+    # A server process that has imported everything, once, and forks workers: safe where this process has threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_pipeline.passes"])
+    theirs, ours = context.Pipe(duplex=False)
+    with closing(theirs), closing(ours), ProcessPoolExecutor(num_workers, context, _start_worker, (theirs,)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            ours.close()
+            raise
+
+
+def _start_worker(parent: Connection) -> None:
+    """End with the other end of `parent`; leave Ctrl-C, which all processes of a terminal get, to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 
     def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
+        multiprocessing.connection.wait([parent])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

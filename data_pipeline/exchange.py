@@ -23,10 +23,10 @@ from tokenizers import Tokenizer
 from configs.load import ConfigError
 from data_pipeline import foreign
 from data_pipeline import tokenizer as tokenizers
-from data_pipeline.build_report import Progress
 from data_pipeline.command import find_splits, options
 from data_pipeline.errors import DataError
 from data_pipeline.pieces import Pieces, count_inside, divide, end_with, pieces_of, set_aside, split_at, write_shards
+from data_pipeline.progress import Progress
 from data_pipeline.shards import Dataset, open_dataset, read_manifest, write_manifest, write_shard
 from data_pipeline.store import LOCK, WRITING, locked, writing
 

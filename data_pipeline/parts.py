@@ -1,48 +1,41 @@
-"""How a build is divided: sources -> pieces -> parts, written down once in the plan of the build's working directory.
+"""How a build is divided: sources -> pieces -> parts, written down once in the build's working directory.
 
 A part is a stretch of the corpus of a few megabytes of text. It is what a worker does at once, what is kept when a
 build is killed, and what is handed to other machines. Where the cuts are depends on the sources alone, never on the
 number of workers, and so does everything that is made from parts.
 
     .building-NAME/               beside the dataset directory NAME; removed when that is finished
-        plan.json                 this plan
+        begun                     of which build this is the working directory
+        scan/files-00000.jsonl    the pieces of some of the sources' files
+        parts.jsonl, plan.json    this plan; each part is a line, read when it is needed: there may be millions of files
         clean/part-00000.*        cleaned text, signatures for finding duplicates, what each stage did
-        drop/part-00000.npy       which of its documents are duplicates
+        duplicates/               which documents of each part are duplicates
         tokenizer/                the tokenizer's files
-        tokens/part-00000.npz     token ids and document lengths of both splits
+        tokens/part-00000.tokens  token ids and document lengths of both splits
         dataset/                  the finished shards, renamed to NAME at the end
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+
+import orjson
 
 from configs.schema import CleanConfig, PretrainConfig
 from data_pipeline.shards import writing
-from data_pipeline.sources import Piece
+from data_pipeline.sources import DOCSTRINGS, Piece
 
+LAYOUT = 2  # of the working directory; what another version has left is not gone on with
 SMALLEST_PART_BYTES, LARGEST_PART_BYTES = 2 << 20, 256 << 20  # of text
 NUM_PARTS = 128  # of a corpus between those two sizes: enough for an even load, few enough for few files
+MOST_PIECES = 1 << 14  # of a part: opening that many small files takes a few seconds, and their names a few MB
 COMPRESSION = 3  # text is about this much larger than its .gz or .zst file; decides sizes of parts only
+SAMPLED_PARTS = 64  # samples for the tokenizer and its report are the beginnings of that many parts, spread evenly
 SPLITS = ("train", "validation")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stretch of the corpus; `held_out` if it comes from data.build.validation_sources."""
-
-    pieces: list[Piece]
-    held_out: bool
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of text, about."""
-        return sum(piece.num_bytes for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -50,16 +43,39 @@ class Plan:
     """A build: its settings and its parts, in order. `work` is the working directory that all its files are in."""
 
     work: Path
-    built_from: str  # of the settings and sources, see build.source_fingerprint
+    built_from: str  # of the settings and sources, see corpus.source_fingerprint
     config: PretrainConfig
-    stamps: dict[str, str]  # file -> its size and time, or ETag, when it was scanned
-    parts: list[Part]
+    num_own: int  # the first parts are of data.build.sources, the others of validation_sources: held out
+    sizes: list[int]  # bytes of text of each part, about
+    offsets: list[int]  # byte of parts.jsonl at which each part's line begins
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.sizes)
+
+    def pieces(self, part: int) -> list[Piece]:
+        with (self.work / "parts.jsonl").open("rb") as file:
+            file.seek(self.offsets[part])
+            return [Piece(*fields) for fields in orjson.loads(file.readline())]
+
+    def is_held_out(self, part: int) -> bool:
+        return part >= self.num_own
+
+    @cached_property
+    def sampled(self) -> list[int]:
+        """The parts of the sources that samples are taken from."""
+        return list(range(0, self.num_own, -(-self.num_own // SAMPLED_PARTS) or 1))
 
     @property
     def has_clean_pass(self) -> bool:
         """Whether text is cleaned or compared before it is tokenized, and so written down in between."""
         build = self.config.data.build
-        return build.clean != CleanConfig() or build.deduplicate.exact or build.deduplicate.near
+        return build.clean != CleanConfig() or self.compares
+
+    @property
+    def compares(self) -> bool:
+        """Whether duplicates are looked for."""
+        return self.config.data.build.deduplicate.exact or self.config.data.build.deduplicate.near
 
     def clean_text(self, part: int) -> Path:
         return self.work / "clean" / f"part-{part:05d}.jsonl.zst"
@@ -81,11 +97,15 @@ class Plan:
         return self.work / "duplicates" / "summary.json"
 
     def tokens(self, part: int) -> Path:
-        return self.work / "tokens" / f"part-{part:05d}.npz"
+        return self.work / "tokens" / f"part-{part:05d}.tokens"
 
     @property
     def tokenizer_dir(self) -> Path:
         return self.work / "tokenizer"
+
+    @property
+    def tokenizer_report(self) -> Path:
+        return self.work / "tokenizer_report.json"
 
     @property
     def dataset(self) -> Path:
@@ -95,46 +115,77 @@ class Plan:
         content = {
             "built_from": self.built_from,
             "config": json.loads(self.config.model_dump_json()),
-            "stamps": self.stamps,
-            "parts": [
-                {"held_out": part.held_out, "pieces": [dataclasses.astuple(piece) for piece in part.pieces]}
-                for part in self.parts
-            ],
+            "num_own": self.num_own,
+            "sizes": self.sizes,
+            "offsets": self.offsets,
         }
         with writing(self.work / "plan.json") as file:
             file.write(json.dumps(content).encode())
+        load_plan.cache_clear()
 
 
 @lru_cache(maxsize=1)
 def load_plan(work: Path) -> Plan:
     """The plan of a working directory; kept, since every task of a worker asks for the same one."""
     content = json.loads((work / "plan.json").read_text(encoding="utf-8"))
-    parts = [Part([Piece(*piece) for piece in part["pieces"]], part["held_out"]) for part in content["parts"]]
     config = PretrainConfig.model_validate(content["config"])
-    return Plan(work, content["built_from"], config, content["stamps"], parts)
+    return Plan(work, content["built_from"], config, content["num_own"], content["sizes"], content["offsets"])
 
 
-def piece_bytes(sizes: dict[str, int]) -> int:
-    """How much text a part should have, given each file's size in bytes."""
-    total = sum(size * (COMPRESSION if file.endswith((".gz", ".zst")) else 1) for file, size in sizes.items())
+def save_plan(
+    work: Path, built_from: str, config: PretrainConfig, own: Iterable[Piece], held_out: Iterable[Piece], size: int
+) -> Plan:
+    """Group the pieces of the sources, and those of validation_sources, into parts of `size` bytes; write the plan."""
+    sizes: list[int] = []
+    offsets: list[int] = []
+    num_own = 0
+    with writing(work / "parts.jsonl") as file:
+        for pieces in (own, held_out):
+            num_own = len(sizes)
+            for part in group(pieces, size):
+                sizes.append(sum(piece.num_bytes for piece in part))
+                offsets.append(file.tell())
+                file.write(orjson.dumps([fields_of(piece) for piece in part]) + b"\n")
+    plan = Plan(work, built_from, config, num_own, sizes, offsets)
+    plan.save()
+    return plan
+
+
+def fields_of(piece: Piece) -> tuple:
+    """For `Piece(*fields)`; dataclasses.astuple takes ten times as long."""
+    return tuple(vars(piece).values())
+
+
+def text_bytes(file: str, size: int) -> int:
+    """About how much text is in a file of `size` bytes."""
+    return size * COMPRESSION if file != DOCSTRINGS and file.endswith((".gz", ".zst")) else size
+
+
+def part_bytes(total: int) -> int:
+    """How much text a part of a corpus of `total` bytes of text should have."""
     return min(max(total // NUM_PARTS, SMALLEST_PART_BYTES), LARGEST_PART_BYTES)
 
 
-def group(pieces: Iterable[Piece], part_bytes: int, held_out: bool) -> Iterator[Part]:
-    """Join neighbouring pieces until a part has `part_bytes`: small files share one."""
+def most_workers(total: int) -> int:
+    """More than this would have nothing to do; a corpus of one part needs none beside the process that builds."""
+    return max(1, total // SMALLEST_PART_BYTES)
+
+
+def group(pieces: Iterable[Piece], part_bytes: int) -> Iterator[list[Piece]]:
+    """Join neighbouring pieces until a part has `part_bytes`, or very many of them: small files share one."""
     together: list[Piece] = []
     size = 0
     for piece in pieces:
         together.append(piece)
         size += piece.num_bytes
-        if size >= part_bytes:
-            yield Part(together, held_out)
+        if size >= part_bytes or len(together) == MOST_PIECES:
+            yield together
             together, size = [], 0
     if together:
-        yield Part(together, held_out)
+        yield together
 
 
-def runs(parts: list[Part], todo: list[int], num_workers: int) -> list[list[int]]:
+def runs(todo: list[int], num_own: int, num_workers: int) -> list[list[int]]:
     """Divide the numbers of the parts to do into tasks of neighbours.
 
     The k-th part of a compressed file can only be reached through all that is before it, so neighbours in one file stay
@@ -144,9 +195,8 @@ def runs(parts: list[Part], todo: list[int], num_workers: int) -> list[list[int]
     size = max(1, -(-len(todo) // (2 * num_workers)))
     tasks: list[list[int]] = []
     for number in todo:
-        last = tasks[-1] if tasks else None
-        neighbours = last is not None and last[-1] == number - 1 and parts[number].held_out == parts[last[-1]].held_out
-        if last is not None and neighbours and len(last) < size:
+        last = tasks[-1] if tasks else []
+        if last and last[-1] == number - 1 and number != num_own and len(last) < size:
             last.append(number)
         else:
             tasks.append([number])

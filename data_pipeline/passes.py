@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,22 @@ import orjson
 import xxhash
 import zstandard
 
-from configs.schema import BuildConfig
+from configs.schema import BuildConfig, CleanConfig
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline.clean import Stage, clean, make_stages
-from data_pipeline.dedupe import signatures
-from data_pipeline.parts import SPLITS, Plan, load_plan
+from data_pipeline.encode import EncodeFlat
+from data_pipeline.language import identify
+from data_pipeline.minhash import signature_dtype, signatures
+from data_pipeline.part_tokens import read_documents, read_index, write_index, write_tokens
+from data_pipeline.parts import SPLITS, Plan, fields_of, load_plan
 from data_pipeline.shards import write_shard, writing
 from data_pipeline.sources import Document, Piece, open_bytes, read_pieces, scan
 from data_pipeline.tally import Tally
+from data_pipeline.tokenizer_report import tokenizer_report
 
 BATCH_CHARACTERS = 1 << 20  # text that is compared or tokenized at once
+REPORTED_CHARACTERS = 1 << 19  # the tokenizer's report is of about that much text,
+LONGEST_REPORTED = 1 << 11  # and of the beginnings of long documents
 ZSTD_LEVEL_1 = zstandard.ZstdCompressor(level=1)  # 300 MB/s a core, half as much to read and write
 
 
@@ -48,68 +56,95 @@ def clean_parts(work: Path, numbers: list[int]) -> None:
     plan = load_plan(work)
     settings = plan.config.data.build
     stages = make_stages(settings.clean)
-    compares = settings.deduplicate.exact or settings.deduplicate.near
     for number, documents, report in read_parts(plan, numbers):
         report.tallies.update({stage.name: Tally() for stage in stages})
-        rows: list[np.ndarray] = []
-        compared = compares and not plan.parts[number].held_out
-        with writing(plan.clean_text(number)) as raw, ZSTD_LEVEL_1.stream_writer(raw, closefd=False) as file:
+        with ExitStack() as files:
+            compared = plan.compares and not plan.is_held_out(number)
+            if compared:
+                dtype = signature_dtype(settings.deduplicate)
+                save_rows = files.enter_context(_saving_rows(plan.signatures(number), dtype))
+            raw = files.enter_context(writing(plan.clean_text(number)))
+            text = files.enter_context(ZSTD_LEVEL_1.stream_writer(raw, closefd=False))
             for batch in _batches(_cleaned(documents, stages, report.tallies)):
-                file.write(b"".join(orjson.dumps({"text": d.text, "place": d.place}) + b"\n" for d in batch))
+                for document in batch:
+                    text.write(orjson.dumps({"text": document.text, "place": document.place}))
+                    text.write(b"\n")
                 if compared:
-                    rows.append(signatures([document.text for document in batch], settings.deduplicate))
-        if compared:
-            with writing(plan.signatures(number)) as file:
-                np.save(file, np.concatenate(rows) if rows else signatures([], settings.deduplicate))
+                    save_rows(signatures([document.text for document in batch], settings.deduplicate))
         report.write(plan.report(number))
 
 
-def scan_file(number: int, file: str, settings: BuildConfig, piece_bytes: int) -> tuple[int, list[Piece]]:
-    """(number, pieces) of the file that is the `number`-th of the sources."""
-    return number, scan(file, settings, piece_bytes)
+def check_stages(config: CleanConfig) -> None:
+    """Raises DataError or ConfigError for stages that cannot be made: an unknown language, a broken test set."""
+    make_stages(config)
+
+
+def scan_files(work: Path, group: int, files: list[str], settings: BuildConfig, piece_bytes: int) -> int:
+    """Write the pieces of a group of files, a line each; returns the group's number."""
+    path = scanned(work, group)
+    if not path.exists():
+        with writing(path) as file:
+            for name in files:
+                for piece in scan(name, settings, piece_bytes):
+                    file.write(orjson.dumps(fields_of(piece)) + b"\n")
+    return group
+
+
+def scanned(work: Path, group: int) -> Path:
+    return work / "scan" / f"files-{group:05d}.jsonl"
 
 
 def token_parts(work: Path, numbers: list[int]) -> None:
     """Tokenize these parts, as they were read or cleaned, without the duplicates."""
     plan = load_plan(work)
     made_at = (plan.tokenizer_dir / "tokenizer.json").stat().st_mtime_ns
-    encode_flat, end = _encoder(plan.tokenizer_dir, made_at, plan.config.model.architecture == "bert")
+    encode, end = _encoder(plan.tokenizer_dir, made_at, plan.config.model.architecture == "bert")
     sources: Iterable[tuple[int, Iterator[Document], Report | None]]
     if plan.has_clean_pass:
         sources = ((number, read_clean(plan, number), None) for number in numbers)
     else:
         sources = read_parts(plan, numbers)
     for number, documents, report in sources:
-        batches = {name: _Batches(encode_flat, end) for name in SPLITS}
-        for document in documents:
-            for name, text in split(document.text, plan.config.data.build, plan.parts[number].held_out):
-                batches[name].add(text)
-        arrays: dict[str, np.ndarray] = {}
-        for name in SPLITS:
-            arrays[f"{name}_tokens"], arrays[f"{name}_lengths"] = batches[name].finish()
-        if report is not None:
-            report.write(plan.report(number))
+        tally = Tally()
+        sample: list[str] = []  # for the tokenizer's report
+        room = REPORTED_CHARACTERS // len(plan.sampled) if number in plan.sampled else 0
+        texts = _splits(documents, plan.config.data.build, plan.is_held_out(number), tally)
         with writing(plan.tokens(number)) as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            index = write_tokens(file, _tokenized(_sampling(texts, room, sample), encode, end, tally))
+            index |= {"tally": tally.to_json(), "sample": sample}
+            if report is not None:
+                report.write(plan.report(number))
+            write_index(file, index)
 
 
 def assemble_shard(
-    work: Path, split_name: str, number: int, slices: list[tuple[int, int, int]], vocab_size: int
-) -> None:
-    """Write one shard from `slices`: (part, first document, last + 1) of the split's documents."""
+    work: Path, split_name: str, number: int, stretches: list[tuple[int, int, int]], vocab_size: int
+) -> int:
+    """Write one shard of `stretches`: (part, first document, last + 1) of the split's. Returns its tokens' number."""
     plan = load_plan(work)
-
-    def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for part, first, after in slices:
-            with np.load(plan.tokens(part)) as arrays:
-                lengths, tokens = arrays[f"{split_name}_lengths"], arrays[f"{split_name}_tokens"]
-            starts = np.concatenate([[0], np.cumsum(lengths)])
-            yield tokens[starts[first] : starts[after]], lengths[first:after]
-
     directory = plan.dataset / split_name
     directory.mkdir(parents=True, exist_ok=True)
-    entry = write_shard(directory / f"shard-{number:05d}.tokens", pieces(), vocab_size)
+    pieces = chain.from_iterable(
+        read_documents(plan.tokens(part), split_name, first, after) for part, first, after in stretches
+    )
+    entry = write_shard(directory / f"shard-{number:05d}.tokens", pieces, vocab_size)
     write_json(shard_entry(plan, split_name, number), entry)
+    return entry["tokens"]
+
+
+def report_tokenizer(work: Path) -> int:
+    """Write how the tokenizer fits the samples of the training text, by language. Returns 0: it writes no tokens."""
+    plan = load_plan(work)
+    if not plan.tokenizer_report.exists():
+        texts = (text for number in plan.sampled for text in read_index(plan.tokens(number))["sample"])
+        labelled = ((identify(text)[0], text) for text in texts)
+        write_json(plan.tokenizer_report, tokenizer_report(tokenizers.load_tokenizer(plan.tokenizer_dir), labelled))
+    return 0
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """For an engine: tasks of different functions at once."""
+    return function(*arguments)
 
 
 def shard_entry(plan: Plan, split_name: str, number: int) -> Path:
@@ -117,23 +152,39 @@ def shard_entry(plan: Plan, split_name: str, number: int) -> Path:
     return plan.work / "shards" / f"{split_name}-{number:05d}.json"
 
 
-def read_parts(plan: Plan, numbers: list[int]) -> Iterator[tuple[int, Iterator[Document], Report]]:
+def read_parts(plan: Plan, numbers: Iterable[int]) -> Iterator[tuple[int, Iterator[Document], Report]]:
     """(number, documents, report) of these parts, in one pass over each file; the report is complete after them."""
-    settings = plan.config.data.build
-    pieces = [piece for number in numbers for piece in plan.parts[number].pieces]
-    part_of_piece = [number for number in numbers for _ in plan.parts[number].pieces]
-    reports = {number: Report() for number in numbers}
+    together: list[tuple[int, list[Piece]]] = []
+    for number in numbers:
+        pieces = plan.pieces(number)
+        if together and together[-1][1][-1].file != pieces[0].file:
+            yield from _read_together(plan, together)
+            together = []
+        together.append((number, pieces))
+    if together:
+        yield from _read_together(plan, together)
 
-    def skipped(index: int, message: str) -> None:
+
+def _read_together(
+    plan: Plan, parts: list[tuple[int, list[Piece]]]
+) -> Iterator[tuple[int, Iterator[Document], Report]]:
+    """As `read_parts`, for parts that end and begin in the same file."""
+    settings = plan.config.data.build
+    pieces = [piece for _, of_part in parts for piece in of_part]
+    part_of_piece = [number for number, of_part in parts for _ in of_part]
+    reports = {number: Report() for number, _ in parts}
+
+    def dropped(reason: str, index: int, message: str) -> None:
         tally = reports[part_of_piece[index]].tallies["read"]
         tally.seen += 1
-        tally.drop("broken record", message)
+        tally.drop(reason, message)
 
-    found = read_pieces(pieces, settings, skipped if settings.on_error == "skip" else None)
+    broken = partial(dropped, "broken record") if settings.on_error == "skip" else None
+    found = read_pieces(pieces, settings, broken, partial(dropped, "no text"))
     ahead: list[tuple[int, Document]] = []  # the first document of a later part
 
     def documents(number: int, report: Report) -> Iterator[Document]:
-        for index, document in itertools.chain(ahead, found):
+        for index, document in chain(ahead, found):
             ahead.clear()
             if part_of_piece[index] < number:  # the rest of a part that was left
                 continue
@@ -146,8 +197,74 @@ def read_parts(plan: Plan, numbers: list[int]) -> Iterator[tuple[int, Iterator[D
             counts[1] += len(document.text)
             yield document
 
-    for number in numbers:
-        yield number, documents(number, reports[number]), reports[number]
+    for number, report in reports.items():
+        yield number, documents(number, report), report
+
+
+@contextmanager
+def _saving_rows(path: Path, dtype: np.dtype) -> Iterator[Callable[[np.ndarray], None]]:
+    """`save(rows)`, again and again: `path` becomes an .npy file of all of them, and memory holds none."""
+    num_rows = 0
+
+    def save(rows: np.ndarray) -> None:
+        nonlocal num_rows
+        file.write(np.ascontiguousarray(rows).view(np.uint8).data)
+        num_rows += len(rows)
+
+    def write_header() -> None:  # numpy leaves room in it for any number
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_rows,)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    with writing(path) as file:
+        write_header()
+        yield save
+        file.seek(0)
+        write_header()
+
+
+def _tokenized(
+    texts: Iterable[tuple[str, str]], encode: EncodeFlat, end: int | None, tally: Tally
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(split, tokens, lengths) of about a megabyte of text of one split at once; texts without tokens are dropped."""
+    waiting: dict[str, list[str]] = {name: [] for name in SPLITS}
+    sizes = dict.fromkeys(SPLITS, 0)
+
+    def tokenize(name: str) -> tuple[str, np.ndarray, np.ndarray]:
+        tokens, lengths = encode(waiting[name], end)
+        kept = lengths > (end is not None)
+        if not kept.all():
+            for number in np.flatnonzero(~kept):
+                tally.drop("no tokens", waiting[name][number])
+            tokens, lengths = tokens[np.repeat(kept, lengths)], lengths[kept]
+        waiting[name], sizes[name] = [], 0
+        return name, tokens, lengths
+
+    for name, text in texts:
+        waiting[name].append(text)
+        sizes[name] += len(text)
+        if sizes[name] >= BATCH_CHARACTERS:
+            yield tokenize(name)
+    yield from (tokenize(name) for name in SPLITS if waiting[name])
+
+
+def _splits(
+    documents: Iterable[Document], settings: BuildConfig, held_out: bool, tally: Tally
+) -> Iterator[tuple[str, str]]:
+    for document in documents:
+        tally.seen += 1
+        texts = split(document.text, settings, held_out)
+        if len(texts) > 1:
+            tally.found["cut in two"] += 1
+        yield from texts
+
+
+def _sampling(texts: Iterable[tuple[str, str]], room: int, sample: list[str]) -> Iterator[tuple[str, str]]:
+    """The same texts; the beginnings of the first ones of the train split go to `sample`, up to `room` characters."""
+    for name, text in texts:
+        if room > 0 and name == "train":
+            sample.append(text[:LONGEST_REPORTED])
+            room -= len(sample[-1])
+        yield name, text
 
 
 def _cleaned(documents: Iterable[Document], stages: list[Stage], tallies: dict[str, Tally]) -> Iterator[Document]:
@@ -196,7 +313,7 @@ def split(text: str, settings: BuildConfig, held_out: bool) -> list[tuple[str, s
         return [("train", text)]
     if settings.split_by == "tail":
         cut = int(len(text) * (1 - settings.validation_fraction))
-        return [("train", text[:cut]), ("validation", text[cut:])]
+        return [(name, part) for name, part in (("train", text[:cut]), ("validation", text[cut:])) if part]
     share = xxhash.xxh3_64_intdigest(text.encode()) / 2**64
     return [("validation" if share < settings.validation_fraction else "train", text)]
 
@@ -206,36 +323,8 @@ def write_json(path: Path, content: object) -> None:
         file.write(json.dumps(content).encode())
 
 
-class _Batches:
-    """Collects texts of one split and tokenizes them a megabyte at a time."""
-
-    def __init__(self, encode_flat: Any, end: int | None) -> None:
-        self.encode_flat, self.end = encode_flat, end
-        self.texts: list[str] = []
-        self.size = 0
-        self.tokens: list[np.ndarray] = []
-        self.lengths: list[np.ndarray] = []
-
-    def add(self, text: str) -> None:
-        self.texts.append(text)
-        self.size += len(text)
-        if self.size >= BATCH_CHARACTERS:
-            self.encode()
-
-    def encode(self) -> None:
-        tokens, lengths = self.encode_flat(self.texts, self.end)
-        self.tokens.append(tokens)
-        self.lengths.append(lengths[lengths > 0])
-        self.texts, self.size = [], 0
-
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, lengths) of all documents that have tokens."""
-        self.encode()
-        return np.concatenate(self.tokens), np.concatenate(self.lengths)
-
-
 @lru_cache(maxsize=1)
-def _encoder(tokenizer_dir: Path, made_at: int, is_bert: bool) -> tuple[Any, int | None]:
+def _encoder(tokenizer_dir: Path, made_at: int, is_bert: bool) -> tuple[EncodeFlat, int | None]:
     """The encoder of a tokenizer's folder and the id that ends a document; made once in every worker.
 
     made_at: the time of the folder's tokenizer, for a process that sees several builds.

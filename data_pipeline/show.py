@@ -15,11 +15,11 @@ from rich.text import Text
 from configs.load import ConfigError, load_pretrain
 from configs.schema import PretrainConfig
 from data_pipeline import mixture
-from data_pipeline.build_report import Progress
 from data_pipeline.command import find_splits, open_splits, options
 from data_pipeline.errors import DataError
 from data_pipeline.packing import packing_report
 from data_pipeline.parts import SPLITS
+from data_pipeline.progress import Progress
 from data_pipeline.remote_sources import is_remote
 from data_pipeline.samples import Samples, mixture_stages, open_samples, tokens_before
 from data_pipeline.shards import Dataset, verify_dataset

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from configs.schema import BuildConfig
 from data_pipeline import files, readers, remote_sources, table_readers, warc_reader
 from data_pipeline.errors import DataError
@@ -52,6 +54,7 @@ FORMATS = {  # ending of the name -> how to cut and how to read such a file
 SUFFIXES = tuple(FORMATS)
 KNOWN = ", ".join(SUFFIXES)
 Skipped = Callable[[int, str], None]  # told of a broken record: the index of its piece, what is wrong and where
+Blank = Callable[[int, str], None]  # told of a document without text: the index of its piece, its place
 
 
 def find_files(sources: list[str]) -> list[str]:
@@ -77,19 +80,26 @@ def find_files(sources: list[str]) -> list[str]:
 
 def refuse_repeated(found: list[str]) -> None:
     """Raises DataError if two of these files are the same one, by any name: its text would count twice."""
-    seen: dict[object, str] = {}
-    for file in found:
-        identity: object = file
-        if file != DOCSTRINGS and not remote_sources.is_remote(file):
-            with _naming(file):
-                status = os.stat(file)
-            identity = (status.st_dev, status.st_ino)
-        if identity in seen:
-            other = "named twice" if seen[identity] == file else f"the same file as {seen[identity]}"
+    # Hashes alone: names and numbers of millions of files would take hundreds of megabytes.
+    hashes = np.fromiter((hash(_identity(file)) for file in found), np.int64, len(found))
+    _, firsts, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    firsts = firsts[inverse]
+    for number in np.flatnonzero(firsts < np.arange(len(found))).tolist():
+        file, earlier = found[number], found[firsts[number]]
+        if _identity(file) == _identity(earlier):
+            other = "named twice" if earlier == file else f"the same file as {earlier}"
             raise DataError(
                 f"{file}: is {other} in data.build.sources; to repeat a text use data.mixture and its epochs"
             )
-        seen[identity] = file
+
+
+def _identity(file: str) -> object:
+    """What two names of one file have in common."""
+    if file == DOCSTRINGS or remote_sources.is_remote(file):
+        return file
+    with _naming(file):
+        status = os.stat(file)
+    return status.st_dev, status.st_ino
 
 
 def size_of(file: str) -> int:
@@ -123,7 +133,7 @@ def read_piece(piece: Piece, settings: BuildConfig, skipped: Skipped | None = No
 
 
 def read_pieces(
-    pieces: list[Piece], settings: BuildConfig, skipped: Skipped | None = None
+    pieces: list[Piece], settings: BuildConfig, skipped: Skipped | None = None, blank: Blank | None = None
 ) -> Iterator[tuple[int, Document]]:
     """(index of the piece, document) of all that are not blank; pieces of one file in order cost one pass over it.
 
@@ -143,6 +153,8 @@ def read_pieces(
                 skipped(first + index, record)
             elif record.text and not record.text.isspace():
                 yield first + index, record
+            elif blank is not None:
+                blank(first + index, record.place)
         first = last
 
 

@@ -170,9 +170,7 @@ def test_source_that_changes_while_it_is_read_is_named(corpus, monkeypatch):
 
 
 def test_second_build_at_the_same_time_is_refused(corpus):
-    work = corpus.parent / ".building-data"
-    work.mkdir()
-    with (work / "lock").open("w") as lock:
+    with (corpus.parent / ".lock-data").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("process 12 on host")
         lock.flush()

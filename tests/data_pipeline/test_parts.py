@@ -1,4 +1,4 @@
-"""How a build is divided: every piece in exactly one part, every part in exactly one task, files complete or absent."""
+"""How a build is divided: every piece in exactly one part, every part in exactly one task, read back as it was."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.load import load_pretrain
-from data_pipeline.parts import Part, Plan, group, load_plan, piece_bytes, runs
+from data_pipeline import parts
+from data_pipeline.parts import group, load_plan, part_bytes, runs, save_plan, text_bytes
 from data_pipeline.sources import Piece
 
 sizes = st.lists(st.integers(0, 1000), max_size=60)
@@ -19,39 +20,50 @@ def pieces_of(sizes: list[int]) -> list[Piece]:
 @given(sizes, st.integers(1, 500))
 def test_parts_hold_every_piece_once_in_order_and_reach_their_size(sizes, part_bytes):
     pieces = pieces_of(sizes)
-    parts = list(group(pieces, part_bytes, False))
-    assert [piece for part in parts for piece in part.pieces] == pieces
-    assert all(part.num_bytes >= part_bytes for part in parts[:-1])
-    assert all(sum(piece.num_bytes for piece in part.pieces[:-1]) < part_bytes for part in parts)
+    found = list(group(pieces, part_bytes))
+    assert [piece for part in found for piece in part] == pieces
+    assert all(sum(piece.num_bytes for piece in part) >= part_bytes for part in found[:-1])
+    assert all(sum(piece.num_bytes for piece in part[:-1]) < part_bytes for part in found)
 
 
-@given(st.lists(st.booleans(), max_size=50), st.integers(1, 8), st.data())
-def test_tasks_hold_every_missing_part_once_and_only_neighbours(held_out, num_workers, data):
-    parts = [Part(pieces_of([1]), held) for held in sorted(held_out)]
-    todo = [number for number in range(len(parts)) if data.draw(st.booleans())]
-    tasks = runs(parts, todo, num_workers)
+def test_part_of_very_small_files_ends_at_a_number_of_them(monkeypatch):
+    monkeypatch.setattr(parts, "MOST_PIECES", 10)
+    assert [len(part) for part in group(pieces_of([1] * 25), 1 << 20)] == [10, 10, 5]
+
+
+@given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 8), st.data())
+def test_tasks_hold_every_missing_part_once_and_only_neighbours(num_own, num_held_out, num_workers, data):
+    todo = [number for number in range(num_own + num_held_out) if data.draw(st.booleans())]
+    tasks = runs(todo, num_own, num_workers)
     assert [number for task in tasks for number in task] == todo
     for task in tasks:
         assert task == list(range(task[0], task[-1] + 1))
-        assert len({parts[number].held_out for number in task}) == 1
+        assert len({number < num_own for number in task}) == 1
 
 
 def test_an_undisturbed_build_has_two_tasks_a_worker():
-    parts = [Part(pieces_of([1]), False)] * 128
-    assert len(runs(parts, list(range(128)), 2)) == 4
+    assert len(runs(list(range(128)), 128, 2)) == 4
 
 
 def test_part_size_follows_the_corpus_between_two_bounds():
-    assert piece_bytes({"a.jsonl": 10}) == 2 << 20
-    assert piece_bytes({"a.jsonl": 1 << 30}) == 8 << 20
-    assert piece_bytes({"a.jsonl.zst": 1 << 30}) == 24 << 20
-    assert piece_bytes({"a.jsonl": 1 << 50}) == 256 << 20
+    assert part_bytes(10) == 2 << 20
+    assert part_bytes(1 << 30) == 8 << 20
+    assert part_bytes(1 << 50) == 256 << 20
+    assert text_bytes("a.jsonl.zst", 100) == 300 and text_bytes("a.jsonl", 100) == 100
 
 
-def test_plan_is_read_back_as_it_was(tmp_path):
+def test_plan_and_its_parts_are_read_back_as_they_were(tmp_path):
     config = load_pretrain("configs/bert/nano.yaml")
-    parts = [Part([Piece("a.jsonl", 0, 9, 9, 1), Piece("b.jsonl", 0, 3, 3, 1)], False), Part(pieces_of([4]), True)]
-    plan = Plan(tmp_path, "print", config, {"a.jsonl": "9 bytes"}, parts)
-    plan.save()
-    load_plan.cache_clear()
+    own = [Piece("ä [1].jsonl", 0, 9, 9, 1, 3, 4, "9 bytes"), Piece("b.jsonl", 0, 3, 3, 1), *pieces_of([8, 8])]
+    plan = save_plan(tmp_path, "print", config, own, pieces_of([4]), 10)
     assert load_plan(tmp_path) == plan
+    assert [plan.pieces(part) for part in range(plan.num_parts)] == [own[:2], own[2:], pieces_of([4])]
+    assert [plan.is_held_out(part) for part in range(plan.num_parts)] == [False, False, True]
+    assert plan.sizes == [12, 16, 4]
+
+
+@given(st.integers(1, 1000))
+def test_samples_are_taken_from_parts_all_over_the_corpus(num_own):
+    plan = parts.Plan(None, "", None, num_own, [1] * (num_own + 3), [])  # type: ignore[arg-type]
+    assert len(plan.sampled) <= 64 and plan.sampled[0] == 0
+    assert num_own - 2 * -(-num_own // 64) < plan.sampled[-1] < num_own
