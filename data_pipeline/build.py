@@ -166,9 +166,12 @@ def do_parts(
 ) -> None:
     """Run a pass over all parts whose `result(part)` does not exist yet."""
     todo = [number for number in range(plan.num_parts) if not result(number).exists()]
+    reads_sources = function is passes.clean_parts or not plan.has_clean_pass
+    reach = plan.reach if reads_sources else [0] * plan.num_parts
+    tasks = [(plan.work, numbers) for numbers in runs(todo, plan.sizes, reach, plan.num_own, num_workers)]
     sizes = {result(number).name: plan.sizes[number] for number in todo}
     with progress.phase(title, sum(sizes.values()), result(0).parent, sizes):
-        for _ in run(function, [(plan.work, numbers) for numbers in runs(todo, plan.num_own, num_workers)]):
+        for _ in run(function, tasks):
             pass
 
 

@@ -45,11 +45,12 @@ def data_card(content: Mapping[str, Any]) -> str:
     """The page for a build's `summary` (see build_report.py)."""
     splits, tokenizer = content["splits"], content["tokenizer"]
     documents = sum(split["documents"] for split in splits.values())
-    seen = content["stages"].get("read", {}).get("seen", documents)
+    read, last = content["stages"]["read"], content["stages"]["tokenize"]
+    kept = last["seen"] - sum(last["dropped"].values())  # not `documents`: some may be cut in two
     tiles = [
         (f"{documents:,}", "documents"),
         (short(sum(split["tokens"] for split in splits.values())), "tokens"),
-        (f"{100 * documents / max(seen, 1):.1f} %", "of the documents read were kept"),
+        (f"{100 * kept / max(read['seen'], 1):.1f} %", "of the documents read were kept"),
         (f"{tokenizer['vocab_size']:,}", f"tokens in the {tokenizer['model']} vocabulary"),
     ]
     sections = [
@@ -74,20 +75,24 @@ def sources(found: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         [
             html.escape(file),
+            number(source["files"]),
             number(source["documents"]),
             number(source["characters"]),
             number(f"{100 * source['characters'] / total:.1f} %"),
-            html.escape(source["licence"] or "not given"),
+            html.escape(source["licence"]),
         ]
         for file, source in found.items()
     ]
-    return table(["source", "documents", "characters", "share", "licence"], rows)
+    return table(["source", "files", "documents", "characters", "share", "licence"], rows)
 
 
-def stages(found: Mapping[str, Mapping[str, Any]], dropped_later: Mapping[str, Any] | None) -> str:
+def stages(found: Mapping[str, Mapping[str, Any]], compared: Mapping[str, Any] | None) -> str:
     """One row a stage; reasons and what was found below it, each with its examples."""
     rows = []
     for name, tally in found.items():
+        if name == "tokenize" and compared:  # after all other stages, before this one
+            count = compared["exact"] + compared["near"]
+            rows.append(["duplicates", number(tally["seen"] + count), number(0), number(count), "see below"])
         dropped = sum(tally["dropped"].values())
         reasons = {**tally["dropped"], **{f"{kind} (occurrences)": count for kind, count in tally["found"].items()}}
         shown = "".join(
@@ -97,9 +102,6 @@ def stages(found: Mapping[str, Mapping[str, Any]], dropped_later: Mapping[str, A
             for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
         )
         rows.append([html.escape(name), number(tally["seen"]), number(tally["changed"]), number(dropped), shown])
-    if dropped_later:
-        count = dropped_later["exact"] + dropped_later["near"]
-        rows.append(["duplicates", "", "", number(count), "see below"])
     return table(["stage", "documents seen", "changed", "dropped", "reasons, with examples"], rows)
 
 

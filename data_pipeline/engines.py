@@ -88,8 +88,9 @@ def _run_executor(executor: Any, function: Callable[..., Any], tasks: Sequence[T
             yield future.result()
     except BrokenExecutor as error:
         raise DataError(
-            "a worker process was killed, most often by the system because memory ran out (`dmesg` says so); finished "
-            "parts are kept, the same command goes on from them. With fewer data.build.num_workers it needs less memory"
+            "a worker process has ended in the middle of its work: it was killed, by the system if memory ran out "
+            "(`dmesg` says so; fewer data.build.num_workers need less), or could not start (its error is above). "
+            "Finished parts are kept, the same command goes on from them"
         ) from error
     finally:
         for future in futures:

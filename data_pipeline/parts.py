@@ -47,6 +47,7 @@ class Plan:
     config: PretrainConfig
     num_own: int  # the first parts are of data.build.sources, the others of validation_sources: held out
     sizes: list[int]  # bytes of text of each part, about
+    reach: list[int]  # bytes to be decompressed before each part's first one
     offsets: list[int]  # byte of parts.jsonl at which each part's line begins
 
     @property
@@ -117,6 +118,7 @@ class Plan:
             "config": json.loads(self.config.model_dump_json()),
             "num_own": self.num_own,
             "sizes": self.sizes,
+            "reach": self.reach,
             "offsets": self.offsets,
         }
         with writing(self.work / "plan.json") as file:
@@ -128,8 +130,8 @@ class Plan:
 def load_plan(work: Path) -> Plan:
     """The plan of a working directory; kept, since every task of a worker asks for the same one."""
     content = json.loads((work / "plan.json").read_text(encoding="utf-8"))
-    config = PretrainConfig.model_validate(content["config"])
-    return Plan(work, content["built_from"], config, content["num_own"], content["sizes"], content["offsets"])
+    content["config"] = PretrainConfig.model_validate(content["config"])
+    return Plan(work, **content)
 
 
 def save_plan(
@@ -137,6 +139,7 @@ def save_plan(
 ) -> Plan:
     """Group the pieces of the sources, and those of validation_sources, into parts of `size` bytes; write the plan."""
     sizes: list[int] = []
+    reach: list[int] = []
     offsets: list[int] = []
     num_own = 0
     with writing(work / "parts.jsonl") as file:
@@ -144,9 +147,10 @@ def save_plan(
             num_own = len(sizes)
             for part in group(pieces, size):
                 sizes.append(sum(piece.num_bytes for piece in part))
+                reach.append(part[0].start - part[0].frame_start)
                 offsets.append(file.tell())
                 file.write(orjson.dumps([fields_of(piece) for piece in part]) + b"\n")
-    plan = Plan(work, built_from, config, num_own, sizes, offsets)
+    plan = Plan(work, built_from, config, num_own, sizes, reach, offsets)
     plan.save()
     return plan
 
@@ -185,19 +189,22 @@ def group(pieces: Iterable[Piece], part_bytes: int) -> Iterator[list[Piece]]:
         yield together
 
 
-def runs(todo: list[int], num_own: int, num_workers: int) -> list[list[int]]:
+def runs(todo: list[int], sizes: list[int], reach: list[int], num_own: int, num_workers: int) -> list[list[int]]:
     """Divide the numbers of the parts to do into tasks of neighbours.
 
-    The k-th part of a compressed file can only be reached through all that is before it, so neighbours in one file stay
-    together, two tasks a worker: with more of them, much would be decompressed several times, with fewer, workers
-    would be idle at the end.
+    sizes and reach: bytes of each part, and bytes to be decompressed before its first one. Small tasks keep all workers
+    busy to the end, so there are up to 16 a worker. But the last part of a large compressed file can only be reached
+    through all that is before it: where that is more than a small task, there are only two tasks a worker.
     """
-    size = max(1, -(-len(todo) // (2 * num_workers)))
+    total = sum(sizes[number] for number in todo)
+    small, large = total / (16 * num_workers), total / (2 * num_workers)
     tasks: list[list[int]] = []
+    filled = 0
     for number in todo:
-        last = tasks[-1] if tasks else []
-        if last and last[-1] == number - 1 and number != num_own and len(last) < size:
-            last.append(number)
-        else:
-            tasks.append([number])
+        begins = not tasks or tasks[-1][-1] != number - 1 or number == num_own
+        if begins or filled >= large or (filled >= small and reach[number] <= small):
+            tasks.append([])
+            filled = 0
+        tasks[-1].append(number)
+        filled += sizes[number]
     return tasks

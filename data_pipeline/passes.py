@@ -55,7 +55,7 @@ def clean_parts(work: Path, numbers: list[int]) -> None:
     """Run the stages over these parts; leaves each one's text, signatures (where duplicates go) and report."""
     plan = load_plan(work)
     settings = plan.config.data.build
-    stages = make_stages(settings.clean)
+    stages = _stages(settings.clean.model_dump_json())
     for number, documents, report in read_parts(plan, numbers):
         report.tallies.update({stage.name: Tally() for stage in stages})
         with ExitStack() as files:
@@ -76,7 +76,7 @@ def clean_parts(work: Path, numbers: list[int]) -> None:
 
 def check_stages(config: CleanConfig) -> None:
     """Raises DataError or ConfigError for stages that cannot be made: an unknown language, a broken test set."""
-    make_stages(config)
+    _stages(config.model_dump_json())
 
 
 def scan_files(work: Path, group: int, files: list[str], settings: BuildConfig, piece_bytes: int) -> int:
@@ -321,6 +321,12 @@ def split(text: str, settings: BuildConfig, held_out: bool) -> list[tuple[str, s
 def write_json(path: Path, content: object) -> None:
     with writing(path) as file:
         file.write(json.dumps(content).encode())
+
+
+@lru_cache(maxsize=1)
+def _stages(config: str) -> list[Stage]:
+    """The stages for a CleanConfig's JSON; made once in every worker: they load models and test sets."""
+    return make_stages(CleanConfig.model_validate_json(config))
 
 
 @lru_cache(maxsize=1)

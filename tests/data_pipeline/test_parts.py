@@ -33,16 +33,25 @@ def test_part_of_very_small_files_ends_at_a_number_of_them(monkeypatch):
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 8), st.data())
 def test_tasks_hold_every_missing_part_once_and_only_neighbours(num_own, num_held_out, num_workers, data):
-    todo = [number for number in range(num_own + num_held_out) if data.draw(st.booleans())]
-    tasks = runs(todo, num_own, num_workers)
+    total = num_own + num_held_out
+    todo = [number for number in range(total) if data.draw(st.booleans())]
+    sizes, reach = (data.draw(st.lists(st.integers(0, 99), min_size=total, max_size=total)) for _ in range(2))
+    tasks = runs(todo, sizes, reach, num_own, num_workers)
     assert [number for task in tasks for number in task] == todo
     for task in tasks:
         assert task == list(range(task[0], task[-1] + 1))
         assert len({number < num_own for number in task}) == 1
 
 
-def test_an_undisturbed_build_has_two_tasks_a_worker():
-    assert len(runs(list(range(128)), 128, 2)) == 4
+def test_one_compressed_file_is_two_tasks_a_worker():
+    tasks = runs(list(range(128)), [10] * 128, [10 * part for part in range(128)], 128, 2)
+    assert [len(task) for task in tasks] == [4, 32, 32, 32, 28]  # one more where the beginning is still near
+    passed_over = sum(10 * task[0] for task in tasks)
+    assert passed_over < 2 * 128 * 10
+
+
+def test_files_that_can_be_read_from_anywhere_are_many_small_tasks():
+    assert [len(task) for task in runs(list(range(128)), [10] * 128, [0] * 128, 128, 2)] == [4] * 32
 
 
 def test_part_size_follows_the_corpus_between_two_bounds():
@@ -54,16 +63,17 @@ def test_part_size_follows_the_corpus_between_two_bounds():
 
 def test_plan_and_its_parts_are_read_back_as_they_were(tmp_path):
     config = load_pretrain("configs/bert/nano.yaml")
-    own = [Piece("ä [1].jsonl", 0, 9, 9, 1, 3, 4, "9 bytes"), Piece("b.jsonl", 0, 3, 3, 1), *pieces_of([8, 8])]
+    packed = [Piece("c.zst", number, number + 8, 8, 1, 0, 1) for number in (3, 11)]
+    own = [Piece("ä [1].jsonl", 0, 9, 9, 1, 3, 0, "9 bytes"), Piece("b.jsonl", 0, 3, 3, 1), *packed]
     plan = save_plan(tmp_path, "print", config, own, pieces_of([4]), 10)
     assert load_plan(tmp_path) == plan
     assert [plan.pieces(part) for part in range(plan.num_parts)] == [own[:2], own[2:], pieces_of([4])]
     assert [plan.is_held_out(part) for part in range(plan.num_parts)] == [False, False, True]
-    assert plan.sizes == [12, 16, 4]
+    assert plan.sizes == [12, 16, 4] and plan.reach == [0, 2, 0]
 
 
 @given(st.integers(1, 1000))
 def test_samples_are_taken_from_parts_all_over_the_corpus(num_own):
-    plan = parts.Plan(None, "", None, num_own, [1] * (num_own + 3), [])  # type: ignore[arg-type]
+    plan = parts.Plan(None, "", None, num_own, [1] * (num_own + 3), [], [])  # type: ignore[arg-type]
     assert len(plan.sampled) <= 64 and plan.sampled[0] == 0
     assert num_own - 2 * -(-num_own // 64) < plan.sampled[-1] < num_own
