@@ -5,8 +5,8 @@
 FILES are jsonl.zst with a field `text`; DIR holds the folders gpt2 and bert-base-uncased. Each contestant is a process
 of its own (build_contestants.py), and in every round each has its turn. Speeds are MB (10^6 bytes of UTF-8 text) a
 second: of the whole process from start to exit, and of its work without start and imports, which are not told apart for
-`millstream data build`. `memory` is the largest sum over a contestant's processes of what each has in memory, a page
-that several share divided among them (PSS), looked at five times a second; of mapped files, what was read counts.
+`millstream data build`. A contestant's processes are looked at five times a second: `CPU` is the processor time of all
+of them, `memory` the largest sum of what each has in memory, a page that several share divided among them (PSS).
 The ids of all contestants are compared, documents and borders, and have to be the same.
 
 With --scale N the corpus is built N times as large, copies of FILES, for its memory.
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Result:
 
     whole_seconds: float
     work_seconds: float | None
+    cpu_seconds: float  # of all its processes
     memory: int  # bytes
     digest: str | None
 
@@ -107,10 +109,11 @@ def run(name: str, work: Path, tokenizer: Path, files: list[Path]) -> Result:
         interpreter = sys.executable if name in OURS else peers.python()
         arguments = [name, tokenizer, out, *files]
         command = [interpreter, "-W", "ignore", "-m", "benchmarks.build_contestants", *arguments]
-        seconds, memory, output = watched(command)
+        seconds, cpu_seconds, memory, output = watched(command)
         found = json.loads(output.splitlines()[-1])
         # the digest is no part of the work
-        return Result(seconds - found["digest_seconds"], found["seconds"], memory, found["digest"])
+        spent = found["digest_seconds"]
+        return Result(seconds - spent, found["seconds"], cpu_seconds - spent, memory, found["digest"])
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
@@ -137,17 +140,17 @@ def build(out: Path, tokenizer: Path, files: list[Path], stages: dict[str, Any])
     }
     (out / "config.json").write_text(json.dumps(config))
     command = [str(Path(sys.executable).with_name("millstream")), "data", "build", out / "config.json"]
-    seconds, memory, _ = watched(command)
+    seconds, cpu_seconds, memory, _ = watched(command)
     if stages:
-        return Result(seconds, None, memory, None)
+        return Result(seconds, None, cpu_seconds, memory, None)
     dataset = open_dataset(out / "dataset" / "train")
     lengths = np.concatenate([dataset.document_lengths(shard) for shard in range(len(dataset.shards))])
     documents = np.split(dataset.tokens(0, dataset.num_tokens), np.cumsum(lengths)[:-1])
-    return Result(seconds, None, memory, digest(documents, None))
+    return Result(seconds, None, cpu_seconds, memory, digest(documents, None))
 
 
-def watched(command: list[Any]) -> tuple[float, int, str]:
-    """(seconds from start to exit, largest memory in bytes, what it printed) of a process and its children."""
+def watched(command: list[Any]) -> tuple[float, float, int, str]:
+    """(seconds from start to exit, processor seconds, largest memory in bytes, what it printed) of a command."""
     environment = os.environ | {
         "RAYON_NUM_THREADS": str(CORES),
         "HF_HUB_OFFLINE": "1",
@@ -155,11 +158,12 @@ def watched(command: list[Any]) -> tuple[float, int, str]:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }
     largest, ended = 0, threading.Event()
+    cpu_seconds: dict[int, float] = {}  # process -> what was last seen
 
     def watch(process: psutil.Process) -> None:
         nonlocal largest
         while not ended.wait(POLL_SECONDS):
-            largest = max(largest, memory_of(process))
+            largest = max(largest, look_at(process, cpu_seconds))
 
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         began = time.perf_counter()
@@ -174,24 +178,19 @@ def watched(command: list[Any]) -> tuple[float, int, str]:
         errors.seek(0)
         if process.returncode:
             raise SystemExit(f"{' '.join(map(str, command))} failed:\n{errors.read()[-3000:]}")
-        return seconds, largest, output.read()
+        return seconds, sum(cpu_seconds.values()), largest, output.read()
 
 
-def memory_of(process: psutil.Process) -> int:
+def look_at(process: psutil.Process, cpu_seconds: dict[int, float]) -> int:
+    """Bytes in memory of a process and its descendants; notes the processor time of each."""
     total = 0
-    for member in [process, *children(process)]:
-        try:
-            total += member.memory_full_info().pss
-        except psutil.Error:  # has ended meanwhile
-            continue
+    with suppress(psutil.Error):  # has ended
+        for member in [process, *process.children(recursive=True)]:
+            with suppress(psutil.Error):
+                total += member.memory_full_info().pss
+                times = member.cpu_times()
+                cpu_seconds[member.pid] = times.user + times.system
     return total
-
-
-def children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
 
 
 def check_ids(results: dict[str, list[Result]]) -> None:
@@ -203,23 +202,26 @@ def check_ids(results: dict[str, list[Result]]) -> None:
 
 def table(results: dict[str, list[Result]], megabytes: float) -> str:
     lines = [
-        f"| | MB/s, whole process (range) | MB/s, its work alone | rate against `{BASE}` (range) | memory, MB |",
-        "|---|---|---|---|---|",
+        f"| | MB/s, whole process (range) | MB/s, its work | rate against `{BASE}` (range) | CPU, s | memory, MB |",
+        "|---|---|---|---|---|---|",
     ]
     for name, runs in results.items():
         whole = [megabytes / result.whole_seconds for result in runs]
         ratios = [base.whole_seconds / own.whole_seconds for base, own in zip(results[BASE], runs, strict=True)]
         work = [megabytes / result.work_seconds for result in runs if result.work_seconds]
         memory = max(result.memory for result in runs) / 1e6
+        cpu = statistics.median(result.cpu_seconds for result in runs)
         shown = f"{statistics.median(work):.1f}" if work else ""
-        lines.append(f"| {TITLES[name]} | {figure(whole, 1)} | {shown} | {figure(ratios, 2)} | {memory:,.0f} |")
+        lines.append(
+            f"| {TITLES[name]} | {figure(whole, 1)} | {shown} | {figure(ratios, 2)} | {cpu:.1f} | {memory:,.0f} |"
+        )
     return "\n".join(lines)
 
 
 def memory_table(given: argparse.Namespace, work: Path, files: list[Path], megabytes: float) -> str:
     names = [name for name in ("build", "cleaned") if name in given.only]
-    titles = [f"{TITLES[name]}, MB/s | memory, MB" for name in names]
-    lines = [f"| corpus, MB | {' | '.join(titles)} |", "|---" * (1 + 2 * len(names)) + "|"]
+    titles = [f"{TITLES[name]}, MB/s | CPU, s | memory, MB" for name in names]
+    lines = [f"| corpus, MB | {' | '.join(titles)} |", "|---" * (1 + 3 * len(names)) + "|"]
     for scale in given.scale:
         folder = work / "corpus"
         folder.mkdir()
@@ -228,7 +230,10 @@ def memory_table(given: argparse.Namespace, work: Path, files: list[Path], megab
             shutil.copy(files[number % len(files)], copy)
         results = [run(name, work, given.tokenizers.resolve() / "gpt2", copies) for name in names]
         size = scale * megabytes
-        cells = [f"{size / result.whole_seconds:.1f} | {result.memory / 1e6:,.0f}" for result in results]
+        cells = [
+            f"{size / result.whole_seconds:.1f} | {result.cpu_seconds:.1f} | {result.memory / 1e6:,.0f}"
+            for result in results
+        ]
         lines.append(f"| {size:,.0f} | {' | '.join(cells)} |")
         shutil.rmtree(folder)
     return "\n".join(lines)
