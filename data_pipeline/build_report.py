@@ -15,7 +15,6 @@ from data_pipeline.progress import duration
 from data_pipeline.shards import read_manifest
 from data_pipeline.tally import Tally
 
-STAGES = ("read", "html", "mojibake", "unicode", "language", "quality", "pii", "decontaminate", "tokenize")
 MOST_SOURCES = 200  # are listed by their names; where there are more files, their folders are
 SHOWN_REASONS = 3  # of each stage, on the terminal; the card has all
 
@@ -23,10 +22,11 @@ SHOWN_REASONS = 3  # of each stage, on the terminal; the card has all
 def summary(plan: Plan) -> dict[str, Any]:
     """Everything that is known about the dataset besides its tokens; plain JSON, the same for any number of workers.
 
-    stages: name -> Tally; duplicates: counts; sources: file or folder -> files, documents, characters, licence; splits:
-    name -> documents, tokens, longest, lengths (see part_tokens.write_tokens); tokenizer: see tokenizer_report;
-    settings: data.build as it was. What a stage has seen and not dropped is what the next one has seen. The documents
-    of the splits are those that `tokenize` has kept and, with split_by=tail, one more for each that was cut in two.
+    stages: name -> Tally, in order; duplicates: counts; sources: file or folder -> files, documents, characters,
+    licence; splits: name -> documents, tokens, longest, lengths (see part_tokens.write_tokens); tokenizer: see
+    tokenizer_report; settings: data.build as it was. What a stage has seen and not dropped is what the next one has
+    seen. The documents of the splits are those that `tokenize` has kept and, with split_by=tail, one more for each that
+    was cut in two.
     """
     settings = plan.config.data.build
     tallies: dict[str, Tally] = {}
@@ -42,7 +42,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         for name in SPLITS:
             splits[name] = add_counts(splits[name], index["splits"][name])
     return {
-        "stages": {name: tallies[name].to_json() for name in STAGES if name in tallies},
+        "stages": {name: tally.to_json() for name, tally in tallies.items()},
         "duplicates": json.loads(plan.duplicates.read_text()) if plan.duplicates.exists() else None,
         "sources": sources.to_json(),
         "splits": splits,

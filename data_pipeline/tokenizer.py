@@ -9,6 +9,7 @@ if transformers were told split_special_tokens=True: what a stranger wrote must 
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -243,11 +244,11 @@ def _with_bert_template(tokenizer: Tokenizer) -> Tokenizer:
 def _train_unigram(texts: Iterable[str], vocab_size: int, directory: Path) -> Tokenizer:
     import sentencepiece
 
-    prefix = directory / "spiece"
+    model = io.BytesIO()  # given a file's name, the trainer writes that into the model
     lines = (line for text in texts for line in text.splitlines() if line.strip())
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines,
-        model_prefix=str(prefix),
+        model_writer=model,
         vocab_size=vocab_size,
         model_type="unigram",
         character_coverage=1.0,
@@ -259,8 +260,8 @@ def _train_unigram(texts: Iterable[str], vocab_size: int, directory: Path) -> To
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    (directory / "spiece.vocab").unlink()
-    return _from_sentencepiece(prefix.with_suffix(".model"))
+    (directory / "spiece.model").write_bytes(model.getvalue())
+    return _from_sentencepiece(directory / "spiece.model")
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:
