@@ -65,7 +65,7 @@ def main() -> int:
 def build_or_abort(config: PretrainConfig, engine: tuple[Run, int]) -> None:
     """`build` on rank 0; an error is shown and ends all ranks."""
     try:
-        build(config, Console(), engine)
+        build(config, Console(force_terminal=False), engine)  # what mpirun shows often goes to a file
     except BaseException as error:
         print(
             error if isinstance(error, ConfigError | DataError) else traceback.format_exc(), file=sys.stderr, flush=True

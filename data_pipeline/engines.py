@@ -22,16 +22,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from configs.load import ConfigError
 from configs.schema import BuildConfig
-from data_pipeline.shards import DataError
+from data_pipeline.shards import DataError, writing
 
 Task = tuple[Any, ...]  # the arguments of one call
 Run = Callable[[Callable[..., Any], Sequence[Task]], Iterator[Any]]  # function, tasks -> results as they are ready
-POLL_SECONDS = 2  # between two looks at the tasks of a SLURM job
+POLL_SECONDS = 2  # between two looks at the tasks that datatrove runs
+RANKS_A_WORKER = 2  # of datatrove, at most, for each pass
+SLOW_LOOKS = 10  # after the end of a SLURM job, until a shared file system must have shown what it left
+KILLED = (
+    "a worker process has ended in the middle of its work: it was killed, by the system if memory ran out (`dmesg` "
+    "says so; fewer data.build.num_workers need less), or could not start (its error is above). Finished parts are "
+    "kept, the same command goes on from them"
+)
 
 
 @contextmanager
@@ -87,11 +96,7 @@ def _run_executor(executor: Any, function: Callable[..., Any], tasks: Sequence[T
         for future in as_completed(futures):
             yield future.result()
     except BrokenExecutor as error:
-        raise DataError(
-            "a worker process has ended in the middle of its work: it was killed, by the system if memory ran out "
-            "(`dmesg` says so; fewer data.build.num_workers need less), or could not start (its error is above). "
-            "Finished parts are kept, the same command goes on from them"
-        ) from error
+        raise DataError(KILLED) from error
     finally:
         for future in futures:
             future.cancel()
@@ -127,9 +132,16 @@ def _start_worker(parent: Connection) -> None:
 def _run_datatrove(
     settings: BuildConfig, work: Path, num_workers: int, function: Callable[..., Any], tasks: Sequence[Task]
 ) -> Iterator[Any]:
-    """One datatrove executor for `tasks`; results come back through files. Its logs are kept if a task fails."""
+    """One datatrove executor for `tasks`; results come back through files. Its logs are kept if a task fails.
+
+    Neighbouring tasks are done by one rank, since to start one takes seconds; a rank that is started again skips what
+    is finished.
+    """
     if not tasks:
         return
+    num_ranks = min(len(tasks), RANKS_A_WORKER * num_workers)
+    bounds = [rank * len(tasks) // num_ranks for rank in range(num_ranks + 1)]
+    groups = [list(tasks[first:after]) for first, after in pairwise(bounds)]
     try:
         from datatrove.executor.local import LocalPipelineExecutor
         from datatrove.executor.slurm import SlurmPipelineExecutor
@@ -139,57 +151,108 @@ def _run_datatrove(
         ) from error
     work.mkdir(parents=True, exist_ok=True)
     logs = Path(tempfile.mkdtemp(prefix="datatrove-", dir=work)).resolve()
-    step = partial(_datatrove_step, function, list(tasks), logs)
+    step = _DatatroveStep(function, groups, logs)
     if settings.slurm:
         executor = SlurmPipelineExecutor(
-            pipeline=[step], tasks=len(tasks), workers=num_workers, logging_dir=str(logs), **settings.slurm
+            pipeline=[step], tasks=num_ranks, workers=num_workers, logging_dir=str(logs), **settings.slurm
         )
         executor.run()
-        _wait_for_slurm(executor, logs, len(tasks))
+        _wait_for_slurm(executor, logs, num_ranks)
     else:
         local = LocalPipelineExecutor(
-            pipeline=[step], tasks=len(tasks), workers=num_workers, logging_dir=str(logs), start_method="forkserver"
+            pipeline=[step], tasks=num_ranks, workers=num_workers, logging_dir=str(logs), start_method="forkserver"
         )
-        local.run()
-    yield from (_read_result(logs, rank) for rank in range(len(tasks)))
+        _run_local(local, logs, num_ranks)
+    for rank in range(num_ranks):
+        yield from _read_results(logs, rank)
     shutil.rmtree(logs)
 
 
-def _datatrove_step(
-    function: Callable[..., Any], tasks: list[Task], logs: Path, data: object, rank: int, world_size: int
-) -> None:
-    import pickle
+class _DatatroveStep:
+    """Does the tasks of a rank and leaves the results in a file."""
 
+    def __init__(self, function: Callable[..., Any], groups: list[list[Task]], logs: Path) -> None:
+        self.function, self.groups, self.logs = function, groups, logs
+
+    def __repr__(self) -> str:
+        return getattr(self.function, "func", self.function).__name__  # of a partial too; every rank logs it
+
+    def __call__(self, data: object, rank: int, world_size: int) -> None:
+        import pickle
+
+        (self.logs / f"pid-{rank}").write_text(str(os.getpid()))
+        results: Any
+        try:
+            results = [self.function(*task) for task in self.groups[rank]]
+        except (ConfigError, DataError) as error:  # told to the build, which says it to the user;
+            results = error  # others fail the rank, with a traceback
+        with writing(self.logs / f"result-{rank}.pickle") as file:
+            file.write(pickle.dumps(results))
+
+
+def _run_local(executor: Any, logs: Path, num_ranks: int) -> None:
+    """Run datatrove's processes on this machine; if one is killed, which it does not notice, DataError."""
+    ended, killed = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(POLL_SECONDS):
+            if any(_is_gone(logs, rank) for rank in _missing(logs, num_ranks)):
+                killed.set()
+                main = threading.main_thread().ident
+                signal.pthread_kill(main or 0, signal.SIGINT)  # wakes it up, which no exception of Python would
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
-        result = function(*tasks[rank])
-    except DataError as error:  # told to the build, which says it to the user; others fail the task, with a traceback
-        result = error
-    (logs / f"result-{rank}.pickle").write_bytes(pickle.dumps(result))
+        executor.run()
+    except KeyboardInterrupt:
+        if killed.is_set():
+            raise DataError(KILLED) from None
+        raise
+    finally:
+        ended.set()
+        watcher.join()
 
 
-def _read_result(logs: Path, rank: int) -> Any:
+def _is_gone(logs: Path, rank: int) -> bool:
+    """Whether the process that began this task has ended without a result."""
+    pid = logs / f"pid-{rank}"
+    if not pid.exists() or not (number := pid.read_text()) or Path("/proc", number).exists():
+        return False
+    return not (logs / f"result-{rank}.pickle").exists()  # it may have been left just now
+
+
+def _missing(logs: Path, num_ranks: int) -> list[int]:
+    """The ranks that have not left a result."""
+    return [rank for rank in range(num_ranks) if not (logs / f"result-{rank}.pickle").exists()]
+
+
+def _read_results(logs: Path, rank: int) -> list[Any]:
     import pickle
 
-    result = pickle.loads((logs / f"result-{rank}.pickle").read_bytes())
-    if isinstance(result, DataError):
-        raise result
-    return result
+    results = pickle.loads((logs / f"result-{rank}.pickle").read_bytes())
+    if isinstance(results, ConfigError | DataError):
+        raise results
+    return results
 
 
-def _wait_for_slurm(executor: Any, logs: Path, num_tasks: int) -> None:
-    """Until every task has left its result; DataError if the job has gone from the queue without."""
+def _wait_for_slurm(executor: Any, logs: Path, num_ranks: int) -> None:
+    """Until the job has gone from the queue and every task has left its result; DataError if some have not."""
     import subprocess
 
-    def missing() -> int:
-        return num_tasks - sum((logs / f"result-{rank}.pickle").exists() for rank in range(num_tasks))
-
-    while missing():
-        queued = subprocess.run(
-            ["squeue", "--noheader", "--name", executor.job_name, "--me"], capture_output=True, text=True
-        )
-        if queued.returncode == 0 and not queued.stdout.strip() and missing():
+    looks_left = SLOW_LOOKS
+    while True:
+        command = ["squeue", "--noheader", "--name", executor.job_name, "--me"]
+        queued = subprocess.run(command, capture_output=True, text=True)
+        is_over = queued.returncode == 0 and not queued.stdout.strip()
+        missing = _missing(logs, num_ranks)
+        if not missing and (is_over or queued.returncode):
+            return
+        if is_over and not looks_left:
             raise DataError(
-                f"{missing()} of {num_tasks} SLURM tasks of job {executor.job_id} ended without a result; their output "
-                f"is in {logs}/slurm_logs. Finished parts are kept: mend the cause and run the same command again"
+                f"{len(missing)} of {num_ranks} SLURM tasks of job {executor.job_id} ended without a result; their "
+                f"output is in {logs}/slurm_logs. Finished parts are kept: mend the cause, run the same command again"
             )
+        looks_left -= is_over
         time.sleep(POLL_SECONDS)

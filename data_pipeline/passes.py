@@ -56,6 +56,7 @@ def clean_parts(work: Path, numbers: list[int]) -> None:
     plan = load_plan(work)
     settings = plan.config.data.build
     stages = _stages(settings.clean.model_dump_json())
+    numbers = [number for number in numbers if not plan.report(number).exists()]  # some, if this was begun before
     for number, documents, report in read_parts(plan, numbers):
         report.tallies.update({stage.name: Tally() for stage in stages})
         with ExitStack() as files:
@@ -99,6 +100,7 @@ def token_parts(work: Path, numbers: list[int]) -> None:
     plan = load_plan(work)
     made_at = (plan.tokenizer_dir / "tokenizer.json").stat().st_mtime_ns
     encode, end = _encoder(plan.tokenizer_dir, made_at, plan.config.model.architecture == "bert")
+    numbers = [number for number in numbers if not plan.tokens(number).exists()]
     sources: Iterable[tuple[int, Iterator[Document], Report | None]]
     if plan.has_clean_pass:
         sources = ((number, read_clean(plan, number), None) for number in numbers)

@@ -69,6 +69,7 @@ class Progress:
             ended.set()
             watcher.join()
         self.bars.update(number, total=total or 1, completed=total or 1)
+        self.bars.stop_task(number)
         if self.bars.disable:
             self.say(f"{title}: {describe(bar)}")
 

@@ -81,6 +81,15 @@ def test_killed_worker_is_an_error_that_says_what_is_kept_and_ends_the_others(tm
     assert not is_running(pid_in(tmp_path))
 
 
+@pytest.mark.slow
+def test_killed_worker_of_datatrove_is_not_waited_for(tmp_path):
+    pytest.importorskip("datatrove")
+    engine = BuildConfig(engine="datatrove")
+    with pytest.raises(DataError, match="it was killed"), open_engine(engine, tmp_path, 2) as (run, _):
+        list(run(fail_after_mark, [(tmp_path, None, number) for number in range(2)]))
+    assert not is_running(pid_in(tmp_path))
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_the_process_that_started_them_however_it_ends(tmp_path, end):
     program = (
