@@ -45,9 +45,7 @@ def test_dataset_built_by_slurm_array_jobs_is_byte_identical(tmp_path):
     }
     words = [f"data.dir={tmp_path}/cluster", "data.build.engine=datatrove", f"data.build.slurm={json.dumps(slurm)}"]
     with slurm_cluster(tmp_path / "slurm") as environment:
-        ran = subprocess.run(
-            [*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-        )
+        ran = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stdout + ran.stderr
         log = (tmp_path / "slurm" / "log" / "ctld.log").read_text()
     assert content(tmp_path / "cluster") == content(tmp_path / "here")
