@@ -108,10 +108,14 @@ def place_of(directory: str) -> Path:
     """Where the dataset goes: data.dir without links, dots and a slash at its end. Raises ConfigError, DataError."""
     if "://" in directory:
         raise ConfigError(f"data.dir={directory}: is an address; build into a folder and copy that to the address")
-    root = Path(directory).expanduser().resolve()
-    if root.is_mount():
+    try:
+        root = Path(directory).expanduser().resolve()
+        is_mount, is_other = root.is_mount(), root.exists() and not root.is_dir()
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
+        raise DataError(f"data.dir={directory}: cannot be reached ({error}); choose another data.dir") from error
+    if is_mount:
         raise DataError(f"{root}: is a mount point, which cannot be renamed to; choose a folder in it: {root}/corpus")
-    if root.exists() and not root.is_dir():
+    if is_other:
         raise DataError(f"{root}: is a file; choose another data.dir")
     return root
 
@@ -120,11 +124,14 @@ def is_finished(root: Path, built_from: str) -> bool:
     """Whether `root` holds this very dataset; DataError if it holds another one, or things that are not ours."""
     manifests = [root / name / "manifest.json" for name in SPLITS]
     if all(manifest.is_file() for manifest in manifests):
-        if all(read_manifest(manifest.parent)["built_from"] == built_from for manifest in manifests):
+        cure = "choose another data.dir, or remove it first"
+        try:
+            known = [read_manifest(manifest.parent)["built_from"] for manifest in manifests]
+        except DataError as error:
+            raise DataError(f"{root}: holds another dataset ({error}); {cure}") from error
+        if known == [built_from] * len(known):
             return True
-        raise DataError(
-            f"{root}: holds a dataset built from other sources or settings; choose another data.dir, or remove it first"
-        )
+        raise DataError(f"{root}: holds a dataset built from other sources or settings; {cure}")
     if root.exists() and any(path.name not in SPLITS for path in root.iterdir()):
         raise DataError(f"{root}: is not empty and not a dataset; choose another data.dir")
     return False

@@ -16,15 +16,16 @@ import orjson
 import xxhash
 
 from configs.load import ConfigError
-from configs.schema import BuildConfig, CleanConfig, PretrainConfig
+from configs.schema import CleanConfig, PretrainConfig
 from data_pipeline import passes
 from data_pipeline.engines import Run
+from data_pipeline.minhash import choose_bands
 from data_pipeline.parts import LAYOUT, Plan, load_plan, part_bytes, save_plan, text_bytes
 from data_pipeline.progress import Progress
 from data_pipeline.shards import DataError, writing
 from data_pipeline.sources import Piece, find_files, refuse_repeated, size_of, stamp
 from data_pipeline.store import WRITING
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer import BERT_SPECIAL, end_of_text_id, is_bert, load_tokenizer
 
 SCANNED_FILES = 1000  # by one task, or fewer if they are large
 FOLDERS = ("scan", "clean", "tokens", "shards", "dataset")
@@ -55,7 +56,7 @@ class Corpus:
 def find_corpus(config: PretrainConfig) -> Corpus:
     """Find the files and look at their sizes and times. Raises DataError or ConfigError for what cannot be built."""
     settings = config.data.build
-    check_settings(settings)
+    check_settings(config)
     files = find_files(settings.sources)
     num_own = len(files)
     if settings.validation_sources:
@@ -71,12 +72,25 @@ def find_corpus(config: PretrainConfig) -> Corpus:
     return Corpus(files, num_own, sizes, stamps, source_fingerprint(config, digest.hexdigest()))
 
 
-def check_settings(settings: BuildConfig) -> None:
+def check_settings(config: PretrainConfig) -> None:
     """What would fail only after hours fails now (see also `passes.check_stages`). Raises DataError or ConfigError."""
+    settings, for_bert = config.data.build, config.model.architecture == "bert"
     if settings.tokenizer.type == "pretrained":
         if settings.tokenizer.path is None:
             raise ConfigError("data.build.tokenizer.path is missing: type pretrained needs the tokenizer's folder")
-        load_tokenizer(Path(settings.tokenizer.path))
+        tokenizer = load_tokenizer(Path(settings.tokenizer.path))
+        if for_bert and not is_bert(tokenizer):
+            raise DataError(
+                f"{settings.tokenizer.path}: model.architecture=bert needs a tokenizer with {' '.join(BERT_SPECIAL)}"
+            )
+        if not for_bert:
+            end_of_text_id(tokenizer)
+    elif for_bert and settings.tokenizer.type != "wordpiece":
+        raise ConfigError(
+            f"data.build.tokenizer.type={settings.tokenizer.type}: for model.architecture=bert set wordpiece"
+        )
+    if settings.deduplicate.near:
+        choose_bands(settings.deduplicate.similarity)
     for file in settings.clean.decontaminate:
         if not Path(file).is_file():
             raise DataError(f"{file}: no such file; correct data.build.clean.decontaminate")

@@ -153,9 +153,12 @@ def _run_datatrove(
     logs = Path(tempfile.mkdtemp(prefix="datatrove-", dir=work)).resolve()
     step = _DatatroveStep(function, groups, logs)
     if settings.slurm:
-        executor = SlurmPipelineExecutor(
-            pipeline=[step], tasks=num_ranks, workers=num_workers, logging_dir=str(logs), **settings.slurm
-        )
+        try:
+            executor = SlurmPipelineExecutor(
+                pipeline=[step], tasks=num_ranks, workers=num_workers, logging_dir=str(logs), **settings.slurm
+            )
+        except TypeError as error:
+            raise ConfigError(f"data.build.slurm: {error}; it takes the settings of SlurmPipelineExecutor") from error
         executor.run()
         _wait_for_slurm(executor, logs, num_ranks)
     else:

@@ -88,9 +88,7 @@ def refuse_repeated(found: list[str]) -> None:
         file, earlier = found[number], found[firsts[number]]
         if _identity(file) == _identity(earlier):
             other = "named twice" if earlier == file else f"the same file as {earlier}"
-            raise DataError(
-                f"{file}: is {other} in data.build.sources; to repeat a text use data.mixture and its epochs"
-            )
+            raise DataError(f"{file}: is {other} in the sources; to repeat a text use data.mixture and its epochs")
 
 
 def _identity(file: str) -> object:

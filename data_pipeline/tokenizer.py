@@ -62,7 +62,23 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str], directory: Pat
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load tokenizer.json, GPT-2's vocab.json + merges.txt, BERT's vocab.txt or SentencePiece's spiece.model."""
+    """Load tokenizer.json, GPT-2's vocab.json + merges.txt, BERT's vocab.txt or SentencePiece's spiece.model.
+
+    Raises DataError.
+    """
+    try:
+        found = _load(folder)
+    except Exception as error:  # `tokenizers` raises no other kind
+        raise DataError(f"{folder}: holds a broken tokenizer ({error}); copy or train it again") from error
+    if found is None:
+        raise DataError(
+            f"{folder}: holds no tokenizer (looked for tokenizer.json, vocab.json with merges.txt, vocab.txt, "
+            f"spiece.model)"
+        )
+    return found
+
+
+def _load(folder: Path) -> Tokenizer | None:
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     if (folder / "merges.txt").is_file() and (folder / "vocab.json").is_file():
@@ -76,9 +92,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     if (folder / "spiece.model").is_file():
         return _from_sentencepiece(folder / "spiece.model")
-    raise DataError(
-        f"{folder}: holds no tokenizer (looked for tokenizer.json, vocab.json with merges.txt, vocab.txt, spiece.model)"
-    )
+    return None
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_len: int) -> None:
