@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
 POLL_SECONDS = 0.5  # between two looks at which files are there
 MOST_SHARE = 0.05  # of the time is spent looking: a folder may be large, and its file system slow
+OTHER_COLUMNS = 60  # width of all but the bar
 LINE_SECONDS = 60  # between two lines about one phase where there is no terminal
 UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
@@ -28,9 +29,9 @@ class Progress:
         self.bars = Bars(
             SpinnerColumn(finished_text=" "),
             TextColumn("{task.description:10}"),
-            BarColumn(20),
-            _Amounts(),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            BarColumn(max(10, min(40, console.width - OTHER_COLUMNS))),
+            _Said(amounts),
+            _Said(time_left),
             console=console,
             disable=not console.is_terminal,
         )
@@ -86,28 +87,39 @@ class Progress:
             wait = max(POLL_SECONDS, (time.monotonic() - before) / MOST_SHARE)
 
 
-class _Amounts(ProgressColumn):
+class _Said(ProgressColumn):
+    """What a function says about a task."""
+
+    def __init__(self, say: Callable[[Task], str]) -> None:
+        super().__init__()
+        self.say = say
+
     def render(self, task: Task) -> Text:
-        return Text(amounts(task) if task.fields["has_amount"] else "")
+        return Text(self.say(task), no_wrap=True)
 
 
 def describe(task: Task) -> str:
     """How far a phase is, for a line of its own."""
-    seconds = task.elapsed or 0.0
-    if not task.fields["has_amount"]:
-        return duration(seconds)
-    line = f"{amounts(task)}, {duration(seconds)}"
-    if task.total and 0 < task.completed < task.total:
-        line += f", {duration(seconds * (task.total - task.completed) / task.completed)} left"
-    return line
+    said = [amounts(task), duration(task.elapsed or 0.0), "" if task.finished else time_left(task)]
+    return ", ".join(part for part in said if part)
 
 
 def amounts(task: Task) -> str:
     """done/all of it, and how much of it a second since the phase began."""
+    if not task.fields["has_amount"]:
+        return ""
     total = task.total or 0
     unit, name = next((size, name) for size, name in UNITS if total >= size or size == 1000)
     done = f"{task.completed / unit:,.1f}/{total / unit:,.1f} {name}"
     return f"{done}, {task.completed / max(task.elapsed or 0.0, 1e-3) / 1e6:,.1f} MB/s"
+
+
+def time_left(task: Task) -> str:
+    """What is left at the speed so far; of a phase that is over, or has no end, what it took."""
+    seconds = task.elapsed or 0.0
+    if task.finished or not task.total:
+        return duration(seconds)
+    return f"{duration(seconds * (task.total - task.completed) / task.completed)} left" if task.completed else ""
 
 
 def duration(seconds: float) -> str:
