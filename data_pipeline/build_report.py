@@ -65,8 +65,8 @@ class Sources:
         """Of a part; the parts of one file come one after the other."""
         self._add(file, [int(file != self.last), documents, characters], {licence(self.licences, file)})
         self.last = file
-        while len(self.counts) > MOST_SOURCES and self.depth != 1:
-            self.depth = (self.depth or 1 + max(name.count("/") for name in self.counts)) - 1
+        while len(self.counts) > MOST_SOURCES and self.depth != 0:
+            self.depth = self.depth - 1 if self.depth else max(name.count("/") for name in self.counts)
             counts, found = self.counts, self.found
             self.counts, self.found = {}, {}
             for name in counts:
@@ -74,7 +74,7 @@ class Sources:
 
     def _add(self, name: str, more: list[int], licences: set[str]) -> None:
         if self.depth is not None and name.count("/") >= self.depth:
-            name = "/".join(name.split("/")[: self.depth]) + "/"
+            name = "/".join(name.split("/")[: self.depth]) + "/" if self.depth else "all files"
         counts = self.counts.setdefault(name, [0, 0, 0])
         counts[:] = [a + b for a, b in zip(counts, more, strict=True)]
         self.found.setdefault(name, set()).update(licences)
