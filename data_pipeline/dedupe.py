@@ -109,7 +109,7 @@ def find_duplicates(
     run: applies a function to numbers, like the builtin `map`, in any processes that see the same files, in any order.
     The result depends neither on it nor on `bucket_bytes`. `work_dir` is this function's own: a search of the same
     files goes on there, whatever else it holds is removed. Raises DataError for a file that does not hold signatures
-    made with this config, ConfigError for a similarity that cannot be searched for.
+    made with this config.
     """
     plan = _make_plan(files, config, work_dir, bucket_bytes)
     finished = work_dir / "result.json"
@@ -270,8 +270,6 @@ def _write_masks(work_dir: Path, group: int) -> None:
 def _make_plan(files: list[Path], config: DedupeConfig, work_dir: Path, bucket_bytes: int) -> Plan:
     """Write work_dir/plan.json, and empty work_dir first unless it holds this very plan. Raises DataError."""
     dtype = signature_dtype(config)
-    if config.near:
-        choose_bands(config.similarity)  # or ConfigError, before any work
     offsets, num_rows, versions = [], [], []
     for file in files:
         try:

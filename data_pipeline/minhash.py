@@ -25,13 +25,11 @@ from itertools import pairwise
 import numpy as np
 import xxhash
 
-from configs.load import ConfigError
 from configs.schema import DedupeConfig
 
 SHINGLE_WORDS = 5
 NUM_VALUES = 256  # MinHash values of a document
 RECALL = 0.95  # of the bands, for pairs just at the similarity that is asked for
-LEAST_SIMILARITY = 0.5
 LONGEST_WORD = 64  # bytes; longer ones count as several words, so that hashing takes at most 8 rounds
 BLOCK_CHARACTERS = 1 << 18  # of text at once; the arrays of a block stay in the second-level cache
 
@@ -128,14 +126,9 @@ def choose_bands(similarity: float) -> Bands:
     """The most selective bands that miss at most 5 % of the pairs of just this similarity, and fewer of closer ones.
 
     At 0.8 these are 17 bands of 8 values. Pairs of similarity 0.3, 0.5, 0.6, 0.7, 0.8, 0.85 and 0.9 meet with
-    probability 0.001, 0.07, 0.25, 0.64, 0.96, 0.996 and 1. Raises ConfigError below LEAST_SIMILARITY: a band
-    would hold so few values that most pairs of a large corpus meet in one.
+    probability 0.001, 0.07, 0.25, 0.64, 0.96, 0.996 and 1. Below 0.5, which the settings refuse, a band would hold
+    so few values that most pairs of a large corpus meet in one.
     """
-    if similarity < LEAST_SIMILARITY:
-        raise ConfigError(
-            f"data.build.deduplicate.similarity={similarity}: near-duplicates are found from {LEAST_SIMILARITY} on; "
-            f"choose a value between {LEAST_SIMILARITY} and 1 (0.8 is usual)"
-        )
     for rows in range(8, 1, -1):
         for num_bands in range(1, NUM_VALUES // rows + 1):
             bands = Bands(num_bands, rows)

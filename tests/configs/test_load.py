@@ -83,6 +83,7 @@ def test_duplicate_key_is_refused_with_both_lines(file):
         (["train.schedule.warmup_steps=11"], "the peak would never be reached"),
         (["model.max_seq_len=8"], "lower train.seq_len or raise model.max_seq_len"),
         (["data.masking.mask_share=0.95"], "is more than 1"),
+        (["data.build.deduplicate.similarity=0.4"], "similarity=0.4: input should be greater than or equal to 0.5"),
         (["data.mixture={a: {dir: a, weight: 1, epochs: 2}}"], "or every source its epochs, and not both"),
         (["data.mixture={a: {dir: a}}"], "give every source a weight, or every source its epochs"),
         (["data.mixture={a: {dir: a, weight: 1}, b: {dir: b, epochs: 2}}"], "give every source a weight, or every"),

@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from configs.load import ConfigError
 from configs.schema import DedupeConfig
 from data_pipeline import dedupe
 from data_pipeline.dedupe import EXACT, KEPT, NEAR, find_duplicates, mask_duplicates, match
@@ -328,11 +327,6 @@ def test_a_file_that_holds_no_signatures_of_this_config_is_named(tmp_path, cut):
         file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(DataError, match=r"part-0\.npy: .*; build this part again"):
         find_duplicates([file], CONFIG, tmp_path / "work")
-
-
-def test_a_similarity_too_low_to_search_for_is_refused_before_any_work(tmp_path):
-    with pytest.raises(ConfigError, match="similarity"):
-        find_duplicates([], DedupeConfig(near=True, similarity=0.1), tmp_path / "work")
 
 
 # Recall and precision against the true similarity.

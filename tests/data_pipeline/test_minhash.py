@@ -10,7 +10,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from configs.load import ConfigError
 from configs.schema import DedupeConfig
 from data_pipeline import minhash
 from data_pipeline.minhash import Bands, choose_bands, estimated_similarity, signatures
@@ -153,11 +152,6 @@ def test_pairs_meet_with_the_probability_of_the_s_curve(asked, similarity):
     met = (bands.keys(values) == bands.keys(others)).any(0).mean()
     expected = bands.recall(similarity)
     assert abs(met - expected) <= 4 * np.sqrt(expected * (1 - expected) / num_pairs)
-
-
-def test_a_similarity_too_low_to_search_for_is_refused():
-    with pytest.raises(ConfigError, match=r"similarity=0\.4: .* choose a value between 0\.5 and 1"):
-        choose_bands(0.4)
 
 
 def test_the_memory_for_a_text_of_any_length_is_that_of_a_block():
