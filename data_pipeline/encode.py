@@ -109,6 +109,8 @@ def _without_special_pieces(tokenizer: Tokenizer) -> models.Unigram:
 def _with_ends(
     tokens: list[np.ndarray], lengths: np.ndarray, end: int | None, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
+    if end is not None and len(lengths) == 1:  # it may be very long: without another copy
+        return np.concatenate([*tokens, np.array([end], dtype)]), lengths + 1
     flat = np.concatenate([np.zeros(0, dtype), *tokens])
     if end is None:
         return flat, lengths

@@ -242,6 +242,8 @@ def _tokenized(
         return name, tokens, lengths
 
     for name, text in texts:
+        if len(text) >= BATCH_CHARACTERS and waiting[name]:
+            yield tokenize(name)  # a very long one goes alone, which takes less memory
         waiting[name].append(text)
         sizes[name] += len(text)
         if sizes[name] >= BATCH_CHARACTERS:
@@ -316,8 +318,17 @@ def split(text: str, settings: BuildConfig, held_out: bool) -> list[tuple[str, s
     if settings.split_by == "tail":
         cut = int(len(text) * (1 - settings.validation_fraction))
         return [(name, part) for name, part in (("train", text[:cut]), ("validation", text[cut:])) if part]
-    share = xxhash.xxh3_64_intdigest(text.encode()) / 2**64
+    share = _hash(text) / 2**64
     return [("validation" if share < settings.validation_fraction else "train", text)]
+
+
+def _hash(text: str) -> int:
+    if len(text) <= BATCH_CHARACTERS:
+        return xxhash.xxh3_64_intdigest(text.encode())
+    digest = xxhash.xxh3_64()
+    for start in range(0, len(text), BATCH_CHARACTERS):
+        digest.update(text[start : start + BATCH_CHARACTERS].encode())
+    return digest.intdigest()
 
 
 def write_json(path: Path, content: object) -> None:

@@ -127,14 +127,17 @@ def read_lines(pieces: list[Piece], settings: BuildConfig) -> Batches:
                 good = False
             if good:
                 places = [f"{piece.file}: byte {start}" for start in starts]
-                yield index, list(map(Document, texts, places))
+                records: list[Record] = list(map(Document, texts, places))
             else:
-                yield index, list(_one_by_one(piece, lines, starts, number, settings))
+                records = list(_one_by_one(piece, lines, starts, number, settings))
             offset, number = offset + num_bytes, number + len(lines)
+            texts = []
+            lines.clear()  # one may be very long, and is not needed beside its text
+            yield index, records
 
 
 def _one_by_one(
-    piece: Piece, lines: list[bytes], starts: list[int], number: int, settings: BuildConfig
+    piece: Piece, lines: list[bytes | bytearray], starts: list[int], number: int, settings: BuildConfig
 ) -> Iterator[Record]:
     """The records of lines of which at least one is blank, broken, or fine but not for the fast parser (NaN)."""
     for line_number, line, start in zip(count(number), lines, starts, strict=False):
@@ -154,7 +157,7 @@ def _one_by_one(
             yield Document(text, f"{piece.file}: byte {start}")
 
 
-def _parse(line: bytes, key: str) -> tuple[str, str]:
+def _parse(line: bytes | bytearray, key: str) -> tuple[str, str]:
     """(text, what is wrong) of a line; one of the two is empty."""
     try:
         record = json.loads(line.decode("utf-8"))
@@ -193,17 +196,19 @@ def _slices(pieces: list[Piece]) -> Iterator[tuple[int, bytes]]:
     raise DataError(f"{file}: ends at byte {position} of its content, before {pieces[-1].stop}; it was changed")
 
 
-def _split(blocks: Iterator[bytes], limit: int) -> Iterator[tuple[list[bytes], int]]:
+def _split(blocks: Iterator[bytes], limit: int) -> Iterator[tuple[list[bytes | bytearray], int]]:
     """(lines without their ends, bytes with the ends); a line longer than `limit` comes alone, as an empty list."""
-    held: list[bytes] = []  # the beginning of a line
+    held = bytearray()  # the beginning of a line; grows where it lies, which a long line feels
     num_held = 0
     for block in blocks:
-        lines = block.split(b"\n")
+        lines: list[bytes | bytearray] = [*block.split(b"\n")]
         if len(lines) > 1:
             num_bytes = num_held + len(block) - len(lines[-1])
             first = num_held + len(lines[0])
-            lines[0] = b"".join([*held, lines[0]]) if first <= limit else b""
-            held, num_held, rest = [], 0, lines.pop()
+            if first <= limit:
+                held += lines[0]
+            lines[0], rest = held, lines.pop()
+            held, num_held = bytearray(), 0
             if num_bytes <= limit:
                 yield lines, num_bytes
             else:
@@ -212,9 +217,12 @@ def _split(blocks: Iterator[bytes], limit: int) -> Iterator[tuple[list[bytes], i
         else:
             rest = block
         num_held += len(rest)
-        held = [*held, rest] if num_held <= limit else []
+        if num_held <= limit:
+            held += rest
+        else:
+            held = bytearray()
     if num_held:
-        yield ([b"".join(held)] if num_held <= limit else []), num_held
+        yield ([held] if num_held <= limit else []), num_held
 
 
 def _place(piece: Piece, number: int, at: int, on_error: str) -> str:

@@ -15,7 +15,6 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -259,7 +258,7 @@ def _inside(folder: str) -> list[str]:
         visited.add(real)
     if not found:
         raise DataError(f"{folder}: holds no file of a known kind ({KNOWN})")
-    return sorted(found, key=lambda file: Path(file).parts)
+    return sorted(found, key=lambda file: file.replace("/", "\0"))  # folder by folder
 
 
 def _without_twins(source: str, found: list[str]) -> list[str]:

@@ -337,7 +337,7 @@ def test_line_of_a_gigabyte_is_named_within_little_memory(tmp_path, name):
             opened.seek(1 << 30, 1)  # a hole, read as zeros
             opened.write(b'"}\n{"text": "short"}\n')
     printed, peak = run_alone(file, "stop")
-    assert f"{file}:2: is longer than data.build.max_document_bytes=256000000" in printed
+    assert f"{file}:2: is longer than data.build.max_document_bytes=128000000" in printed
     assert peak < 512
     printed, peak = run_alone(file, "skip")
     assert printed.startswith("2 [") and f"{file}:2: is longer than" in printed
