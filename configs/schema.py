@@ -28,7 +28,7 @@ class TokenizerConfig(Section):
     vocab_size: PositiveInt = 16_384  # in tokens, special ones included; characters, pretrained: their own
     lowercase: bool = False  # wordpiece only: lower-case and strip accents, as bert-base-uncased does
     path: str | None = None  # folder of vocab.json+merges.txt, vocab.txt, spiece.model or tokenizer.json
-    sample_bytes: PositiveInt = 50_000_000  # text the training reads, at most
+    sample_bytes: PositiveInt = 30_000_000  # text the training reads, at most; it takes 20 times the memory
 
 
 class CleanConfig(Section):

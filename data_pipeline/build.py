@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from data_pipeline.card import data_card
 from data_pipeline.corpus import Corpus, clear, find_corpus, make_plan
 from data_pipeline.dedupe import find_duplicates
 from data_pipeline.engines import Run, abort_mpi, mpi_world_size, open_engine, open_mpi
+from data_pipeline.part_text import clean_text, write_json
 from data_pipeline.part_tokens import cut_shards
 from data_pipeline.parts import SPLITS, Plan, most_workers, runs
 from data_pipeline.progress import Progress
@@ -39,6 +40,7 @@ from data_pipeline.shards import DataError, read_manifest, token_dtype, write_ma
 from data_pipeline.store import LOCK, locked
 from data_pipeline.tally import EXAMPLE_CHARACTERS
 
+Workers = AbstractContextManager[tuple[Run, int]]  # who runs tasks, and how many they are
 INTERRUPTED = 130  # exit code of a program ended by Ctrl-C
 
 
@@ -90,9 +92,11 @@ def build(config: PretrainConfig, console: Console, engine: tuple[Run, int] | No
                 clear(work)
                 return
             num_workers = min(settings.num_workers or len(os.sched_getaffinity(0)), most_workers(corpus.text_bytes))
-            with nullcontext(engine) if engine else open_engine(settings, work, num_workers) as (run, num_workers):
-                plan = make(work, config, corpus, run, num_workers, progress)
-            finish(plan, root)
+
+            def open_workers() -> Workers:
+                return open_engine(settings, work, num_workers) if engine is None else nullcontext(engine)
+
+            finish(make(work, config, corpus, open_workers, progress), root)
     except (OSError, MemoryError) as error:
         kept = "finished parts are kept, the same command goes on from them"
         if isinstance(error, MemoryError):
@@ -154,17 +158,28 @@ def alone(root: Path) -> Iterator[None]:
         ) from None
 
 
-def make(work: Path, config: PretrainConfig, corpus: Corpus, run: Run, num_workers: int, progress: Progress) -> Plan:
-    """All that takes long: from the sources to finished shards in the working directory."""
-    plan = make_plan(work, config, corpus, run, progress)
-    if plan.has_clean_pass:
-        do_parts(plan, "clean", passes.clean_parts, plan.report, run, num_workers, progress)
-    if plan.compares:
-        drop_duplicates(plan, run, progress)
-    tokenizer = make_tokenizer(plan, progress)
-    do_parts(plan, "tokenize", passes.token_parts, plan.tokens, run, num_workers, progress)
-    corpus.refuse_changed()
-    make_shards(plan, tokenizer.get_vocab_size(), run, progress)
+def make(
+    work: Path, config: PretrainConfig, corpus: Corpus, open_workers: Callable[[], Workers], progress: Progress
+) -> Plan:
+    """All that takes long: from the sources to finished shards in the working directory.
+
+    Three times workers begin anew, without what the ones before have in memory: the models and test sets of the stages,
+    and half a gigabyte that the training of a tokenizer leaves.
+    """
+    with open_workers() as (run, num_workers):
+        plan = make_plan(work, config, corpus, run, progress)
+        if plan.has_clean_pass:
+            do_parts(plan, "clean", passes.clean_parts, plan.report, run, num_workers, progress)
+        if plan.compares:
+            drop_duplicates(plan, run, progress)
+    if not plan.tokenizer_dir.exists():
+        with open_workers() as (run, _), progress.phase("tokenizer"):
+            for _ in run(passes.make_tokenizer, [(work,)]):
+                pass
+    with open_workers() as (run, num_workers):
+        do_parts(plan, "tokenize", passes.token_parts, plan.tokens, run, num_workers, progress)
+        corpus.refuse_changed()
+        make_shards(plan, run, progress)
     return plan
 
 
@@ -195,51 +210,13 @@ def drop_duplicates(plan: Plan, run: Run, progress: Progress) -> None:
         files = [plan.signatures(number) for number in range(plan.num_own)]
         found = find_duplicates(files, settings, plan.duplicates.parent, run_numbers)
     examples = {
-        kind: [[passes.clean_text(plan, *row)[:EXAMPLE_CHARACTERS] for row in pair] for pair in pairs]
+        kind: [[clean_text(plan, *row)[:EXAMPLE_CHARACTERS] for row in pair] for pair in pairs]
         for kind, pairs in found.examples.items()
     }
-    passes.write_json(plan.duplicates, {"exact": found.exact, "near": found.near, "examples": examples})
+    write_json(plan.duplicates, {"exact": found.exact, "near": found.near, "examples": examples})
 
 
-def make_tokenizer(plan: Plan, progress: Progress) -> Any:
-    """Load or train the tokenizer; its folder in the working directory is complete or not there."""
-    if plan.tokenizer_dir.exists():
-        return tokenizers.load_tokenizer(plan.tokenizer_dir)
-    settings, train = plan.config.data.build.tokenizer, plan.config.train
-    aside = plan.work / ".writing-tokenizer"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    with progress.phase("tokenizer"):
-        tokenizer = tokenizers.make_tokenizer(settings, sample_texts(plan, settings.sample_bytes), aside)
-    longest = max([train.seq_len, *(phase.seq_len for phase in train.phases)])
-    tokenizers.save_tokenizer(tokenizer, aside, plan.config.model.max_seq_len or longest)
-    aside.rename(plan.tokenizer_dir)
-    return tokenizer
-
-
-def sample_texts(plan: Plan, wanted: int) -> Iterator[str]:
-    """Texts of the train split, about `wanted` characters: all of it, or the beginnings of parts spread evenly."""
-    numbers: Iterable[int] = range(plan.num_own)
-    of_each = wanted
-    if sum(plan.sizes[: plan.num_own]) > wanted:
-        numbers = plan.sampled
-        of_each = wanted // len(plan.sampled)
-    if plan.has_clean_pass:
-        parts = (passes.read_clean(plan, number) for number in numbers)
-    else:
-        parts = (documents for _, documents, _ in passes.read_parts(plan, numbers))
-    for documents in parts:
-        size = 0
-        for document in documents:
-            for name, text in passes.split(document.text, plan.config.data.build, held_out=False):
-                if name == "train":
-                    yield text
-                    size += len(text)
-            if size >= of_each:
-                break
-
-
-def make_shards(plan: Plan, vocab_size: int, run: Run, progress: Progress) -> None:
+def make_shards(plan: Plan, run: Run, progress: Progress) -> None:
     """Cut the tokens of each split into shards, and see how the tokenizer fits them.
 
     Raises DataError where a split has no document.
@@ -256,6 +233,7 @@ def make_shards(plan: Plan, vocab_size: int, run: Run, progress: Progress) -> No
                 f"data.build.validation_fraction higher, or data.build.split_by=tail, or data.build.validation_sources"
                 + skipped_records(plan)
             )
+    vocab_size = tokenizers.load_tokenizer(plan.tokenizer_dir).get_vocab_size()
     tasks: list[tuple] = [(passes.report_tokenizer, plan.work)]
     missing = 0
     for name in SPLITS:
@@ -287,7 +265,7 @@ def finish(plan: Plan, root: Path) -> None:
         shutil.copytree(plan.tokenizer_dir, directory, dirs_exist_ok=True)
         count = len(list(directory.glob("shard-*.tokens")))
         entries = [json.loads(passes.shard_entry(plan, name, number).read_text()) for number in range(count)]
-        passes.write_json(directory / "stages.json", content)
+        write_json(directory / "stages.json", content)
         with writing(directory / "card.html") as file:
             file.write(card)
         write_manifest(

@@ -6,19 +6,17 @@ at all. What is there already was made by the same plan and is not made again.
 
 from __future__ import annotations
 
-import itertools
-import json
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
-import xxhash
 import zstandard
 
 from configs.schema import BuildConfig, CleanConfig
@@ -27,10 +25,11 @@ from data_pipeline.clean import Stage, clean, make_stages
 from data_pipeline.encode import EncodeFlat
 from data_pipeline.language import identify
 from data_pipeline.minhash import signature_dtype, signatures
+from data_pipeline.part_text import Report, read_clean, read_parts, sample_texts, split, write_json
 from data_pipeline.part_tokens import read_documents, read_index, write_index, write_tokens
 from data_pipeline.parts import SPLITS, Plan, fields_of, load_plan
 from data_pipeline.shards import write_shard, writing
-from data_pipeline.sources import Document, Piece, open_bytes, read_pieces, scan
+from data_pipeline.sources import Document, scan
 from data_pipeline.tally import Tally
 from data_pipeline.tokenizer_report import tokenizer_report
 
@@ -38,17 +37,6 @@ BATCH_CHARACTERS = 1 << 20  # text that is compared or tokenized at once
 REPORTED_CHARACTERS = 1 << 19  # the tokenizer's report is of about that much text,
 LONGEST_REPORTED = 1 << 11  # and of the beginnings of long documents
 ZSTD_LEVEL_1 = zstandard.ZstdCompressor(level=1)  # 300 MB/s a core, half as much to read and write
-
-
-@dataclass(frozen=True)
-class Report:
-    """What reading and cleaning found in one part."""
-
-    sources: dict[str, list[int]] = field(default_factory=dict)  # file -> [documents, characters]
-    tallies: dict[str, Tally] = field(default_factory=lambda: {"read": Tally()})  # stage -> its counts
-
-    def write(self, path: Path) -> None:
-        write_json(path, {"sources": self.sources, "tallies": {k: v.to_json() for k, v in self.tallies.items()}})
 
 
 def clean_parts(work: Path, numbers: list[int]) -> None:
@@ -119,6 +107,20 @@ def token_parts(work: Path, numbers: list[int]) -> None:
             write_index(file, index)
 
 
+def make_tokenizer(work: Path) -> None:
+    """Load or train the tokenizer; its folder in the working directory is complete or not there."""
+    plan = load_plan(work)
+    settings, train = plan.config.data.build.tokenizer, plan.config.train
+    aside = work / ".writing-tokenizer"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    os.environ.pop("TOKENIZERS_PARALLELISM", None)  # workers set it; but no other one has work meanwhile
+    tokenizer = tokenizers.make_tokenizer(settings, sample_texts(plan, settings.sample_bytes), aside)
+    longest = max([train.seq_len, *(phase.seq_len for phase in train.phases)])
+    tokenizers.save_tokenizer(tokenizer, aside, plan.config.model.max_seq_len or longest)
+    aside.rename(plan.tokenizer_dir)
+
+
 def assemble_shard(
     work: Path, split_name: str, number: int, stretches: list[tuple[int, int, int]], vocab_size: int
 ) -> int:
@@ -152,55 +154,6 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 def shard_entry(plan: Plan, split_name: str, number: int) -> Path:
     """The manifest's entry of a finished shard, kept until the manifest is written."""
     return plan.work / "shards" / f"{split_name}-{number:05d}.json"
-
-
-def read_parts(plan: Plan, numbers: Iterable[int]) -> Iterator[tuple[int, Iterator[Document], Report]]:
-    """(number, documents, report) of these parts, in one pass over each file; the report is complete after them."""
-    together: list[tuple[int, list[Piece]]] = []
-    for number in numbers:
-        pieces = plan.pieces(number)
-        if together and together[-1][1][-1].file != pieces[0].file:
-            yield from _read_together(plan, together)
-            together = []
-        together.append((number, pieces))
-    if together:
-        yield from _read_together(plan, together)
-
-
-def _read_together(
-    plan: Plan, parts: list[tuple[int, list[Piece]]]
-) -> Iterator[tuple[int, Iterator[Document], Report]]:
-    """As `read_parts`, for parts that end and begin in the same file."""
-    settings = plan.config.data.build
-    pieces = [piece for _, of_part in parts for piece in of_part]
-    part_of_piece = [number for number, of_part in parts for _ in of_part]
-    reports = {number: Report() for number, _ in parts}
-
-    def dropped(reason: str, index: int, message: str) -> None:
-        tally = reports[part_of_piece[index]].tallies["read"]
-        tally.seen += 1
-        tally.drop(reason, message)
-
-    broken = partial(dropped, "broken record") if settings.on_error == "skip" else None
-    found = read_pieces(pieces, settings, broken, partial(dropped, "no text"))
-    ahead: list[tuple[int, Document]] = []  # the first document of a later part
-
-    def documents(number: int, report: Report) -> Iterator[Document]:
-        for index, document in chain(ahead, found):
-            ahead.clear()
-            if part_of_piece[index] < number:  # the rest of a part that was left
-                continue
-            if part_of_piece[index] > number:
-                ahead.append((index, document))
-                return
-            report.tallies["read"].seen += 1
-            counts = report.sources.setdefault(pieces[index].file, [0, 0])
-            counts[0] += 1
-            counts[1] += len(document.text)
-            yield document
-
-    for number, report in reports.items():
-        yield number, documents(number, report), report
 
 
 @contextmanager
@@ -290,50 +243,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def read_clean(plan: Plan, number: int) -> Iterator[Document]:
-    """The documents of a cleaned part, without duplicates."""
-    mask_file = plan.drop_mask(number)
-    dropped = np.load(mask_file) if mask_file.exists() else None
-    with open_bytes(str(plan.clean_text(number))) as lines:
-        for row, line in enumerate(lines):
-            if dropped is None or not dropped[row]:
-                record = orjson.loads(line)
-                yield Document(record["text"], record["place"])
-
-
-def clean_text(plan: Plan, number: int, row: int) -> str:
-    """One document of a cleaned part, duplicates counted."""
-    with open_bytes(str(plan.clean_text(number))) as lines:
-        return orjson.loads(next(itertools.islice(lines, row, None)))["text"]
-
-
-def split(text: str, settings: BuildConfig, held_out: bool) -> list[tuple[str, str]]:
-    """[(split, text)]: a whole document by a hash of its text, or cut in two, its tail for validation."""
-    if held_out:
-        return [("validation", text)]
-    if settings.validation_sources:
-        return [("train", text)]
-    if settings.split_by == "tail":
-        cut = int(len(text) * (1 - settings.validation_fraction))
-        return [(name, part) for name, part in (("train", text[:cut]), ("validation", text[cut:])) if part]
-    share = _hash(text) / 2**64
-    return [("validation" if share < settings.validation_fraction else "train", text)]
-
-
-def _hash(text: str) -> int:
-    if len(text) <= BATCH_CHARACTERS:
-        return xxhash.xxh3_64_intdigest(text.encode())
-    digest = xxhash.xxh3_64()
-    for start in range(0, len(text), BATCH_CHARACTERS):
-        digest.update(text[start : start + BATCH_CHARACTERS].encode())
-    return digest.intdigest()
-
-
-def write_json(path: Path, content: object) -> None:
-    with writing(path) as file:
-        file.write(json.dumps(content).encode())
 
 
 @lru_cache(maxsize=1)

@@ -156,14 +156,14 @@ def test_changed_sources_start_an_interrupted_build_over(corpus, small_parts, mo
 
 
 def test_source_that_changes_while_it_is_read_is_named(corpus, monkeypatch):
-    real = build.make_tokenizer
+    real = build.passes.make_tokenizer
 
     def meddled(*args):
         with (corpus.parent / "corpus.jsonl").open("a") as file:
             file.write('{"text": "one more"}\n')
         return real(*args)
 
-    monkeypatch.setattr(build, "make_tokenizer", meddled)
+    monkeypatch.setattr(build.passes, "make_tokenizer", meddled)
     message = error_of(corpus)
     assert "corpus.jsonl: was changed" in message
     assert not (corpus.parent / "data").exists()
