@@ -145,12 +145,15 @@ def s3(corpus) -> Iterator[str]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     import boto3
+    import s3fs
 
+    s3fs.S3FileSystem.clear_instance_cache()  # file systems of earlier tests know another endpoint
     client = boto3.client("s3")
     client.create_bucket(Bucket="bucket")
     for file in corpus.iterdir():
         client.upload_file(str(file), "bucket", f"corpus/train/{file.name}")
     yield "s3://bucket/corpus/train"
+    s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
