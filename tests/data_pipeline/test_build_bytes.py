@@ -163,6 +163,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers_and_numbers_agree(corpus, 
         assert [fault for split in parts.SPLITS for fault in verify_dataset(out / split)] == []
         results.append(content(out))
     assert results[0] == results[1]
+    assert sum(name.endswith(".tokens") for name in results[0]) > 3
     found = json.loads((out / "train" / "stages.json").read_text())
     numbers_agree(found)
     dropped = found["stages"]["read"]["dropped"]
