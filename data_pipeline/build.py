@@ -91,7 +91,9 @@ def build(config: PretrainConfig, console: Console, engine: tuple[Run, int] | No
                 progress.say(f"{root} is already built from these sources and settings")
                 clear(work)
                 return
-            num_workers = min(settings.num_workers or len(os.sched_getaffinity(0)), most_workers(corpus.text_bytes))
+            num_workers = min(
+                settings.num_workers or len(os.sched_getaffinity(0)), most_workers(corpus.text_bytes, settings)
+            )
 
             def open_workers() -> Workers:
                 return open_engine(settings, work, num_workers) if engine is None else nullcontext(engine)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import orjson
 
-from configs.schema import CleanConfig, PretrainConfig
+from configs.schema import BuildConfig, CleanConfig, PretrainConfig
 from data_pipeline.shards import writing
 from data_pipeline.sources import DOCSTRINGS, Piece
 
@@ -69,9 +69,8 @@ class Plan:
 
     @property
     def has_clean_pass(self) -> bool:
-        """Whether text is cleaned or compared before it is tokenized, and so written down in between."""
-        build = self.config.data.build
-        return build.clean != CleanConfig() or self.compares
+        """Whether text is written down before it is tokenized."""
+        return has_stages(self.config.data.build)
 
     @property
     def compares(self) -> bool:
@@ -170,9 +169,17 @@ def part_bytes(total: int) -> int:
     return min(max(total // NUM_PARTS, SMALLEST_PART_BYTES), LARGEST_PART_BYTES)
 
 
-def most_workers(total: int) -> int:
-    """More than this would have nothing to do; a corpus of one part needs none beside the process that builds."""
-    return max(1, total // SMALLEST_PART_BYTES)
+def has_stages(build: BuildConfig) -> bool:
+    """Whether text is cleaned or compared before it is tokenized."""
+    return build.clean != CleanConfig() or build.deduplicate.exact or build.deduplicate.near
+
+
+def most_workers(total: int, build: BuildConfig) -> int:
+    """With more of them a corpus of `total` bytes of text would take longer; with one, it is done in this process.
+
+    To start workers takes half a second, in which one could clean 2 MB or tokenize 8 MB.
+    """
+    return max(1, total // (SMALLEST_PART_BYTES if has_stages(build) else 4 * SMALLEST_PART_BYTES))
 
 
 def group(pieces: Iterable[Piece], part_bytes: int) -> Iterator[list[Piece]]:

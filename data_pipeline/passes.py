@@ -86,8 +86,7 @@ def scanned(work: Path, group: int) -> Path:
 def token_parts(work: Path, numbers: list[int]) -> None:
     """Tokenize these parts, as they were read or cleaned, without the duplicates."""
     plan = load_plan(work)
-    made_at = (plan.tokenizer_dir / "tokenizer.json").stat().st_mtime_ns
-    encode, end = _encoder(plan.tokenizer_dir, made_at, plan.config.model.architecture == "bert")
+    encode, end = _encoder_of(plan)
     numbers = [number for number in numbers if not plan.tokens(number).exists()]
     sources: Iterable[tuple[int, Iterator[Document], Report | None]]
     if plan.has_clean_pass:
@@ -142,7 +141,9 @@ def report_tokenizer(work: Path) -> int:
     if not plan.tokenizer_report.exists():
         texts = (text for number in plan.sampled for text in read_index(plan.tokens(number))["sample"])
         labelled = ((identify(text)[0], text) for text in texts)
-        write_json(plan.tokenizer_report, tokenizer_report(tokenizers.load_tokenizer(plan.tokenizer_dir), labelled))
+        encode, _ = _encoder_of(plan)
+        tokenizer = tokenizers.load_tokenizer(plan.tokenizer_dir)
+        write_json(plan.tokenizer_report, tokenizer_report(tokenizer, labelled, encode))
     return 0
 
 
@@ -249,6 +250,11 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _stages(config: str) -> list[Stage]:
     """The stages for a CleanConfig's JSON; made once in every worker: they load models and test sets."""
     return make_stages(CleanConfig.model_validate_json(config))
+
+
+def _encoder_of(plan: Plan) -> tuple[EncodeFlat, int | None]:
+    made_at = (plan.tokenizer_dir / "tokenizer.json").stat().st_mtime_ns
+    return _encoder(plan.tokenizer_dir, made_at, plan.config.model.architecture == "bert")
 
 
 @lru_cache(maxsize=1)
