@@ -260,20 +260,26 @@ def _train_unigram(texts: Iterable[str], vocab_size: int, directory: Path) -> To
 
     model = io.BytesIO()  # given a file's name, the trainer writes that into the model
     lines = (line for text in texts for line in text.splitlines() if line.strip())
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines,
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="unigram",
-        character_coverage=1.0,
-        num_threads=1,  # with several, rounding depends on who is first, and so does the vocabulary
-        pad_id=-1,
-        bos_id=-1,
-        eos_id=1,
-        unk_id=0,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            character_coverage=1.0,
+            num_threads=1,  # with several, rounding depends on who is first, and so does the vocabulary
+            pad_id=-1,
+            bos_id=-1,
+            eos_id=1,
+            unk_id=0,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(
+            f"the training text is too little for a unigram vocabulary ({error}); give more sources, or another "
+            f"data.build.tokenizer.type"
+        ) from error
     (directory / "spiece.model").write_bytes(model.getvalue())
     return _from_sentencepiece(directory / "spiece.model")
 

@@ -144,3 +144,13 @@ def test_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(DataError, match=r"data.build.tokenizer.path is missing"):
         make_tokenizer(TokenizerConfig(type="pretrained"), [], tmp_path)
+
+
+def test_unigram_vocabulary_of_no_text_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="too little for a unigram vocabulary"):
+        make_tokenizer(TokenizerConfig(type="unigram", vocab_size=100), ["  ", "\n"], tmp_path)
+
+
+def test_unigram_model_does_not_say_where_it_was_made(tmp_path):
+    make_tokenizer(TokenizerConfig(type="unigram", vocab_size=150), TEXTS, tmp_path)
+    assert tmp_path.name.encode() not in (tmp_path / "spiece.model").read_bytes()
