@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,17 +69,37 @@ def error_of(config: Path, *overrides: str) -> str:
 STAGES = ["data.build.clean.unicode=NFC", "data.build.deduplicate.near=true", "data.build.deduplicate.exact=true"]
 
 
-def test_result_is_byte_identical_under_mpirun(corpus, small_parts):
+@pytest.fixture
+def mpirun() -> list[str]:
+    if shutil.which("mpirun") is None:
+        pytest.skip("no mpirun (Debian: openmpi-bin)")
+    return ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "3", sys.executable, "-c", SMALL_PARTS]
+
+
+@pytest.mark.parametrize("killed", [None, 0, 2], ids=["undisturbed", "first-rank-killed", "last-rank-killed"])
+def test_result_is_byte_identical_under_mpirun(corpus, small_parts, mpirun, killed):
     words = ["data.build.shard_tokens=2000", *STAGES]
     alone = content(make(corpus, f"data.dir={corpus.parent}/alone", *words))
-    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "3", sys.executable, "-c", SMALL_PARTS]
-    if subprocess.run(["which", "mpirun"], capture_output=True).returncode:
-        pytest.skip("no mpirun (Debian: openmpi-bin)")
-    ran = subprocess.run(
-        [*command, str(corpus), f"data.dir={corpus.parent}/mpi", *words], capture_output=True, text=True, cwd=ROOT
-    )
+    command = [*mpirun, str(corpus), *words]
+    if killed is not None:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(corpus.parent.glob(".building-data/clean/*"))) < 5:
+            time.sleep(0.002)
+        ranks = [pid for pid in descendants(process.pid) if "SMALLEST" in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(sorted(ranks)[killed], signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
+        assert not (corpus.parent / "data").exists()
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert content(corpus.parent / "mpi") == alone
+    assert content(corpus.parent / "data") == alone
+
+
+def test_error_under_mpirun_is_said_once_and_ends_all_ranks(corpus, small_parts, mpirun):
+    with (corpus.parent / "corpus.jsonl").open("a") as file:
+        file.write("{broken\n")
+    ran = subprocess.run([*mpirun, str(corpus)], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert ran.returncode != 0 and ran.stderr.count("corpus.jsonl:401: is not valid JSON") == 1
+    assert "Traceback" not in ran.stderr
 
 
 @pytest.mark.slow
@@ -109,6 +130,22 @@ def test_build_killed_at_any_moment_goes_on_to_the_same_bytes(corpus, small_part
     make(corpus, *words)
     assert content(corpus.parent / "data") == whole
     assert not work.exists()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_ctrl_c_ends_the_build_with_a_word_and_keeps_what_is_finished(corpus, small_parts, num_workers):
+    command = [sys.executable, "-c", SMALL_PARTS, str(corpus), f"data.build.num_workers={num_workers}", *STAGES]
+    process = subprocess.Popen(
+        command, cwd=ROOT, process_group=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    clean = corpus.parent / ".building-data" / "clean"
+    while process.poll() is None and len(list(clean.glob("part-*.json"))) < 3:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "interrupted; finished parts are kept, the same command goes on from them"
+    assert len(list(clean.glob("part-*.json"))) >= 3 and not (corpus.parent / "data").exists()
 
 
 def test_finished_parts_are_not_done_again(corpus, small_parts, monkeypatch):
