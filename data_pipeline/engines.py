@@ -97,9 +97,6 @@ def _run_executor(executor: Any, function: Callable[..., Any], tasks: Sequence[T
             yield future.result()
     except BrokenExecutor as error:
         raise DataError(KILLED) from error
-    finally:
-        for future in futures:
-            future.cancel()
 
 
 @contextmanager
