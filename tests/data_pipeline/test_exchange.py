@@ -330,7 +330,7 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path, tokenizer):
         options = [f"tokenizer={tokenizer}", "shard_tokens=2000000"]
         imports.append(peak_memory("import", "megatron", source, out, *options))
         exports.append(peak_memory("export", "arrow", out, tmp_path / f"arrow{millions}"))
-    assert imports[1] - imports[0] < 15_000, imports  # the larger one has 48 MB of tokens and 5 MB of index,
+    assert imports[1] - imports[0] < 24_000, imports  # the larger one has 48 MB of tokens and 5 MB of index,
     assert exports[1] - exports[0] < 30_000, exports  # and 96 MB of shards
 
 
