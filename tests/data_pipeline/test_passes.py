@@ -148,9 +148,12 @@ PEAK = (
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"deduplicate": {"near": True}}, {"tokenizer": {"type": "characters"}}])
 def test_part_of_any_size_takes_the_same_memory(tmp_path, settings):
-    """A part of 4 and of 40 MB: signatures would take 80 MB more, tokens of a character each 70 MB."""
+    """A part of 4 and of 80 MB: signatures would take 170 MB more, tokens of a character each 150 MB.
+
+    What the allocator keeps for the threads differs by 50 MB between runs of one and the same build.
+    """
     peaks = []
-    for num_bytes in (4_000_000, 40_000_000):
+    for num_bytes in (4_000_000, 80_000_000):
         words = np.random.default_rng(0).integers(10**7, 10**8, (num_bytes // 119, 12))
         texts = (" ".join(map(str, row)) for row in words.tolist())
         (tmp_path / "corpus.jsonl").write_text("".join(f'{{"text":"{text}"}}\n' for text in texts))
@@ -165,4 +168,4 @@ def test_part_of_any_size_takes_the_same_memory(tmp_path, settings):
         command = [sys.executable, "-c", PEAK, str(tmp_path / "config.json")]
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         peaks.append(int(ran.stdout.splitlines()[-1]))
-    assert peaks[1] < peaks[0] + 48, peaks
+    assert peaks[1] < peaks[0] + 100, peaks
