@@ -1,9 +1,10 @@
 """Checkpoints that are whole or do not exist, and that any number of ranks can read.
 
-A checkpoint is a directory `step-00000100/` with one safetensors file per rank (its piece of every parameter and of the
-two Adam moments, flat fp32) and `manifest.json`: sizes and xxh3 hashes of the files, where each piece belongs, and the
-facts the run depends on. All of it is written into a hidden directory, flushed to disk, and renamed at the end by rank
-0, so a crash at any moment leaves the earlier checkpoints and at most a hidden leftover. No pickle is involved.
+A checkpoint is a directory `step-00000100/` with one safetensors file per rank (its piece of every parameter and of
+the two Adam moments, flat fp32) and `manifest.json`: sizes and xxh3 hashes of the files, where each piece belongs, the
+run's `TrainState` and the facts the run depends on. All of it is written into a hidden directory, flushed to disk, and
+renamed at the end by rank 0, so a crash at any moment leaves the earlier checkpoints and at most a hidden leftover. No
+pickle is involved.
 
 Why not DeepSpeed's own files: they are pickles, they hold one opaque buffer per rank, and another number of ranks needs
 an offline conversion. Here a rank that loads reads the slices it owns out of whatever pieces there are.
@@ -26,8 +27,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pretrain.runtime import Runtime
+from pretrain.state import TrainState
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -47,20 +49,24 @@ class CheckpointError(RuntimeError):
 @dataclass(frozen=True)
 class Checkpoint:
     path: Path
-    step: int
+    state: TrainState
     facts: dict[str, Any]
     pieces: dict[str, list[dict[str, Any]]]  # parameter -> [{file, start, length}, ...] in order of start
     shapes: dict[str, tuple[int, ...]]
 
+    @property
+    def step(self) -> int:
+        return self.state.step
 
-def save(run_dir: Path, step: int, pieces: Iterable[Fragment], facts: dict[str, Any], runtime: Runtime) -> Path:
-    """Write the checkpoint of `step`; every rank calls it and returns only when all of it is safe on disk.
+
+def save(run_dir: Path, state: TrainState, pieces: Iterable[Fragment], facts: dict[str, Any], runtime: Runtime) -> Path:
+    """Write the checkpoint of `state`; every rank calls it and returns only when all of it is safe on disk.
 
     Raises CheckpointError on every rank if any rank cannot write; the half-written directory is removed then, and every
     earlier checkpoint is untouched.
     """
     root = run_dir / "checkpoints"
-    target, aside = root / f"step-{step:08d}", root / f".writing-step-{step:08d}"
+    target, aside = root / f"step-{state.step:08d}", root / f".writing-step-{state.step:08d}"
     if runtime.is_first:
         shutil.rmtree(aside, ignore_errors=True)
         _attempt(lambda: aside.mkdir(parents=True))  # a failure here shows again, with its reason, in the next line
@@ -68,7 +74,7 @@ def save(run_dir: Path, step: int, pieces: Iterable[Fragment], facts: dict[str, 
     name = f"rank-{runtime.rank:05d}.safetensors"
     _agree(runtime, _attempt(lambda: _write_pieces(aside / name, list(pieces))), aside)
     if runtime.is_first:
-        problem = _attempt(lambda: _finish(aside, target, step, runtime.world_size, facts))
+        problem = _attempt(lambda: _finish(aside, target, state, runtime.world_size, facts))
     else:
         problem = None
     _agree(runtime, problem, aside)
@@ -98,7 +104,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             _check_file(path / name, expected)
         shapes = {name: tuple(entry["shape"]) for name, entry in manifest["parameters"].items()}
         pieces = {name: entry["pieces"] for name, entry in manifest["parameters"].items()}
-        return Checkpoint(path, int(manifest["step"]), manifest["facts"], pieces, shapes)
+        return Checkpoint(path, TrainState.from_json(manifest["state"]), manifest["facts"], pieces, shapes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: manifest.json cannot be read ({type(error).__name__}: {error})") from error
 
@@ -175,7 +181,7 @@ def _write_pieces(path: Path, pieces: list[Fragment]) -> None:
     _flush(path)
 
 
-def _finish(aside: Path, target: Path, step: int, world_size: int, facts: dict[str, Any]) -> None:
+def _finish(aside: Path, target: Path, state: TrainState, world_size: int, facts: dict[str, Any]) -> None:
     files: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     for rank in range(world_size):
@@ -187,7 +193,8 @@ def _finish(aside: Path, target: Path, step: int, world_size: int, facts: dict[s
             entry = parameters.setdefault(parameter, {"shape": piece["shape"], "pieces": []})
             if piece["length"]:
                 entry["pieces"].append({"file": name, "start": piece["start"], "length": piece["length"]})
-    manifest = {"format": FORMAT, "step": step, "facts": facts, "files": files, "parameters": parameters}
+    about = {"format": FORMAT, "state": state.to_json(), "facts": facts}
+    manifest = {**about, "files": files, "parameters": parameters}
     (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     _flush(aside / "manifest.json")
     if target.exists():  # the same step once more, after a resume from an earlier one: the new one replaces it

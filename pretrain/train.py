@@ -11,6 +11,7 @@ import math
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from pretrain.objective import count_targets, global_mean
 from pretrain.optim import learning_rate
 from pretrain.report import write_report
 from pretrain.runtime import Runtime, StopRequest
+from pretrain.state import TrainState
 
 
 def main() -> int:
@@ -58,28 +60,30 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
         config.train.optimizer,
         deepspeed_json(config, ranks.world_size),
     )
-    step = resume(config, model, data, run_dir, ranks)
-    with open_metrics(run_dir, step, config.train.num_steps, config.log, ranks.is_first) as metrics:
-        if step == 0:
-            metrics.log(evaluate(config, model, validation, step, ranks))
-        while step < config.train.num_steps:
-            metrics.log(train_step(config, model, data, step, ranks))
-            step += 1
-            last = step == config.train.num_steps or stop.on_any_rank(ranks)
-            if last or step % config.eval.every_steps == 0:
-                metrics.log(evaluate(config, model, validation, step, ranks))
-            if last or step % config.checkpoint.every_steps == 0:
-                save(config, model, data, step, run_dir, ranks)
+    state = resume(config, model, data, run_dir, ranks)
+    with open_metrics(run_dir, state.step, config.train.num_steps, config.log, ranks.is_first) as metrics:
+        if state.step == 0:
+            metrics.log(evaluate(config, model, validation, state.step, ranks))
+        while state.step < config.train.num_steps:
+            line = train_step(config, model, data, state.step, ranks)
+            metrics.log(line)
+            seconds = state.seconds + line["step_seconds"]
+            state = replace(state, step=state.step + 1, updates=state.updates + 1, seconds=seconds)
+            last = state.step == config.train.num_steps or stop.on_any_rank(ranks)
+            if last or state.step % config.eval.every_steps == 0:
+                metrics.log(evaluate(config, model, validation, state.step, ranks))
+            if last or state.step % config.checkpoint.every_steps == 0:
+                save(config, model, data, state, run_dir, ranks)
             if last:
                 break
     if ranks.is_first:
         write_report(run_dir)
-        if step < config.train.num_steps:
-            print(f"stopped at step {step}, which is saved; the same command goes on from it")
+        if state.step < config.train.num_steps:
+            print(f"stopped at step {state.step}, which is saved; the same command goes on from it")
     ranks.barrier()  # a rank that leaves while another still works takes the connection with it
     data.close()
     engine.close(model)
-    return 0 if step == config.train.num_steps else 128 + (stop.signal or 15)
+    return 0 if state.step == config.train.num_steps else 128 + (stop.signal or 15)
 
 
 def train_step(config: PretrainConfig, model: Any, data: Stream, step: int, ranks: Runtime) -> dict[str, float]:
@@ -168,27 +172,27 @@ def only_tokenizer_files(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if name.startswith(".") or name.endswith(others)]
 
 
-def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, ranks: Runtime) -> int:
-    """Fill the model from the newest valid checkpoint and return its step; 0 where there is none."""
+def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, ranks: Runtime) -> TrainState:
+    """Fill the model from the newest valid checkpoint and return its state; a new one where there is none."""
     say = print if ranks.is_first else lambda text: None
     found = checkpoint.newest_valid(run_dir, say)
     if config.train.resume == "never":
         if found:
             raise ConfigError(f"train.resume=never, but {found.path} exists; choose another run_dir or resume=auto")
-        return 0
+        return TrainState()
     steps = ranks.gather(found.step if found else 0)
     if len(set(steps)) > 1:
         raise CheckpointError(f"{run_dir}: the ranks see different newest checkpoints: steps {steps}")
     if found is None:
-        return 0
+        return TrainState()
     checkpoint.check_facts(found, data.facts(found.step))
-    engine.load_fragments(model, checkpoint.reader(found), found.step)
+    engine.load_fragments(model, checkpoint.reader(found), found.state.updates)
     say(f"going on from {found.path}")
-    return found.step
+    return found.state
 
 
-def save(config: PretrainConfig, model: Any, data: Stream, step: int, run_dir: Path, ranks: Runtime) -> None:
-    checkpoint.save(run_dir, step, engine.fragments(model), data.facts(step), ranks)
+def save(config: PretrainConfig, model: Any, data: Stream, state: TrainState, run_dir: Path, ranks: Runtime) -> None:
+    checkpoint.save(run_dir, state, engine.fragments(model), data.facts(state.step), ranks)
     if ranks.is_first:
         checkpoint.remove_old(run_dir, config.checkpoint.keep_last)
 

@@ -12,6 +12,7 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, Fragment
+from pretrain.state import TrainState
 
 
 class Alone:
@@ -32,7 +33,7 @@ def pieces(size: int = 10, value: float = 0.0) -> list[Fragment]:
 
 
 def save(run_dir: Path, step: int, **more) -> Path:
-    return checkpoint.save(run_dir, step, pieces(**more), {"seed": 1}, Alone())
+    return checkpoint.save(run_dir, TrainState(step, step), pieces(**more), {"seed": 1}, Alone())
 
 
 def test_any_slice_of_any_tensor_reads_back(tmp_path):
@@ -86,7 +87,7 @@ def test_checkpoint_of_a_later_format_is_refused(tmp_path):
     path = save(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99 is not the 1 this version reads"):
+    with pytest.raises(CheckpointError, match="format 99 is not the 2 this version reads"):
         checkpoint.open_checkpoint(path)
 
 
