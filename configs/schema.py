@@ -229,6 +229,14 @@ class ZeroConfig(Section):
     bucket_elements: PositiveInt = 50_000_000  # gradients are reduced in buckets of this many elements
 
 
+class LaunchConfig(Section):
+    """What is done about ranks that stand still or fail; see docs/running.md."""
+
+    stall_seconds: PositiveInt | None = 600  # a rank without a mark for so long ends the run with 124; none: never
+    restarts: Annotated[int, Field(ge=0)] = 0  # of a run that failed, in a row without progress
+    backoff_seconds: Annotated[float, Field(ge=0)] = 10.0  # before the first restart; each further one waits twice that
+
+
 class PretrainConfig(Section):
     run_dir: str
     model: ModelConfig = ModelConfig()
@@ -238,6 +246,7 @@ class PretrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     zero: ZeroConfig = ZeroConfig()
+    launch: LaunchConfig = LaunchConfig()
     deepspeed: dict[str, Any] = {}  # raw additions to the generated DeepSpeed JSON; may not contradict it
 
     @model_validator(mode="after")
@@ -315,6 +324,7 @@ class FinetuneConfig(Section):
     tuning: TuningConfig = TuningConfig()
     log: LogConfig = LogConfig()
     zero: ZeroConfig = ZeroConfig()
+    launch: LaunchConfig = LaunchConfig()
     deepspeed: dict[str, Any] = {}
 
     @model_validator(mode="after")
