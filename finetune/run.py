@@ -43,9 +43,9 @@ BUCKET_BATCHES = 16  # rows are sorted by length within this many batches: less 
 
 def main() -> int:
     file, overrides = runtime.launch_arguments(__doc__.splitlines()[0])
-    ranks = runtime.start()
     try:
-        finetune(load_finetune(file, overrides), ranks)
+        config = load_finetune(file, overrides)
+        finetune(config, runtime.start(config.run_dir, config.launch.stall_seconds))
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -103,6 +103,7 @@ def train(
     with open_metrics(seed_dir, 0, num_steps, config.log, ranks.is_first) as metrics:
         for step, batch in zip(range(num_steps), batches, strict=False):  # the batches never end
             started = time.perf_counter()
+            ranks.mark("forward", step)  # and all that belongs to the step
             runtime.seed_all(seed, step, ranks.rank)  # dropout
             lr = learning_rate(step, num_steps, tuning.optimizer.lr, schedule)
             engine.set_lr(model, lr)
@@ -139,6 +140,7 @@ def predict(
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     mine: list[np.ndarray] = []
     for start in range(0, len(rows), size):
+        ranks.mark("evaluate", start // size)
         part = part_of_rank([rows[i] for i in by_length[start : start + size]], size, ranks)
         mine += task.predict(model, runtime.to_device(collate(part, padding_id), ranks.device))
     of_all_ranks: list[Any] = ranks.gather(mine)

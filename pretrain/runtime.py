@@ -9,13 +9,22 @@ import os
 import random
 import signal
 import socket
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from configs.phases import Mark, no_mark
+from pretrain.watchdog import watch
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAME_REQUEST_SECONDS = 0.5  # launchers and terminals may both send a signal of the same occasion
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,7 @@ class Runtime:
     world_size: int
     local_rank: int
     device: torch.device
+    mark: Mark = no_mark  # mark(phase, step) notes in the run directory what this rank does; every rank does alike
 
     @property
     def is_first(self) -> bool:
@@ -45,13 +55,19 @@ class Runtime:
         dist.barrier()
 
 
-def start(timeout_minutes: int = 30) -> Runtime:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. A process without a launcher is a group of one."""
+def start(run_dir: str | None = None, stall_seconds: int | None = None) -> Runtime:
+    """Join the process group: NCCL on GPUs, gloo on CPUs. A process without a launcher is a group of one.
+
+    With a `run_dir`, a rank that makes no mark for `stall_seconds` ends the run; see `watchdog`. Until the loop begins
+    there is nothing to save, so a signal ends the process at once.
+    """
     environment = os.environ
     if "RANK" not in environment:
         environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     local_rank = int(environment.get("LOCAL_RANK", "0"))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: no traceback
+    mark = no_mark if run_dir is None else watch(run_dir, rank, world_size, stall_seconds)
     on_gpu = torch.cuda.is_available() and environment.get("DS_ACCELERATOR") != "cpu"
     if on_gpu:
         torch.cuda.set_device(local_rank)
@@ -61,9 +77,11 @@ def start(timeout_minutes: int = 30) -> Runtime:
         if "OMP_NUM_THREADS" not in environment:
             local_world_size = int(environment.get("LOCAL_WORLD_SIZE", world_size))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    # Longer than the watchdog's: it knows who is behind, the process group only knows that somebody is.
+    timeout = timedelta(seconds=max(1800, 2 * (stall_seconds or 0)))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return Runtime(rank, world_size, local_rank, device)
+    return Runtime(rank, world_size, local_rank, device, mark)
 
 
 def launch_arguments(description: str) -> tuple[str, list[str]]:
@@ -98,17 +116,36 @@ def to_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[s
 
 
 class StopRequest:
-    """Notes SIGINT, SIGTERM and SIGUSR1: the loop finishes its step, saves and ends. A second signal ends at once."""
+    """Notes SIGINT, SIGTERM and SIGUSR1: the loop finishes its step, saves and ends. A second signal ends at once.
+
+    A handler of Python's runs when the main thread comes back from C, which may wait there for another rank or a disk.
+    So the interpreter writes each signal's number into a pipe as it arrives, and a thread reads them.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, args=[reader], name="signals", daemon=True).start()
 
-    def _note(self, number: int, frame: object) -> None:
-        if self.signal is not None:
-            raise SystemExit(128 + number)
-        self.signal = number
+    def _listen(self, reader: int) -> None:
+        noted = 0.0
+        while True:
+            number = os.read(reader, 1)[0]
+            if number not in STOP_SIGNALS:
+                continue
+            if self.signal is None:
+                self.signal, noted = number, time.monotonic()
+            elif time.monotonic() - noted > SAME_REQUEST_SECONDS:
+                os._exit(128 + number)  # not sys.exit: it would wait for the main thread and for what is being written
+
+    def exit_code(self, runtime: Runtime) -> int:
+        """128 + the signal that asked for the stop, the same on every rank; every rank calls it."""
+        asked: list[Any] = runtime.gather(self.signal)
+        return 128 + next(int(number) for number in [*asked, signal.SIGTERM] if number)
 
     def on_any_rank(self, runtime: Runtime) -> bool:
         """Whether some rank was asked to stop; every rank gets the same answer at the same step."""

@@ -39,9 +39,9 @@ from pretrain.state import TrainState
 
 def main() -> int:
     file, overrides = runtime.launch_arguments(__doc__.splitlines()[0])
-    ranks = runtime.start()
     try:
-        return train(load_pretrain(file, overrides), ranks)
+        config = load_pretrain(file, overrides)
+        return train(config, runtime.start(config.run_dir, config.launch.stall_seconds))
     except (ConfigError, DataError, CheckpointError) as error:  # what a user can mend needs no traceback
         print(error, file=sys.stderr)
         return 2
@@ -51,7 +51,6 @@ def main() -> int:
 
 def train(config: PretrainConfig, ranks: Runtime) -> int:
     """Train to the last step or a stop request, from the newest checkpoint if there is one; returns the exit code."""
-    stop = StopRequest()
     data, validation = open_stream(config, "train"), open_stream(config, "validation")
     run_dir = prepare_run_dir(config, data, ranks)
     runtime.seed_all(config.train.seed)
@@ -60,7 +59,9 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
         config.train.optimizer,
         deepspeed_json(config, ranks.world_size),
     )
+    ranks.mark("start", 0)  # the model is there; what follows may take as long again
     state = resume(config, model, data, run_dir, ranks)
+    stop = StopRequest()
     with open_metrics(run_dir, state.step, config.train.num_steps, config.log, ranks.is_first) as metrics:
         if state.step == 0:
             metrics.log(evaluate(config, model, validation, state.step, ranks))
@@ -76,14 +77,17 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
                 save(config, model, data, state, run_dir, ranks)
             if last:
                 break
+    ranks.mark("end", state.step)
     if ranks.is_first:
         write_report(run_dir)
         if state.step < config.train.num_steps:
             print(f"stopped at step {state.step}, which is saved; the same command goes on from it")
+    finished = state.step == config.train.num_steps
+    exit_code = 0 if finished else stop.exit_code(ranks)
     ranks.barrier()  # a rank that leaves while another still works takes the connection with it
     data.close()
     engine.close(model)
-    return 0 if state.step == config.train.num_steps else 128 + (stop.signal or 15)
+    return exit_code
 
 
 def train_step(config: PretrainConfig, model: Any, data: Stream, step: int, ranks: Runtime) -> dict[str, float]:
@@ -94,14 +98,20 @@ def train_step(config: PretrainConfig, model: Any, data: Stream, step: int, rank
     engine.set_lr(model, lr)
     model.train()
 
+    ranks.mark("data", step)
     batches = data.micro_batches(step, ranks.rank, ranks.world_size)
+    ranks.mark("reduce", step)
     counts = sum_over_ranks(count_targets(batches), ranks)
     totals = dict.fromkeys(counts, 0.0)
     for batch in batches:
+        ranks.mark("forward", step)
         sums = model(**runtime.to_device(batch, ranks.device))
+        ranks.mark("backward", step)
         engine.backward(model, global_mean(sums, counts))
+        ranks.mark("step", step)
         model.step()  # clips and updates after the last of the micro batches, only counts before
         totals = {name: total + sums[name].detach() for name, total in totals.items()}
+    ranks.mark("reduce", step)
     losses = mean_losses(sum_over_ranks(totals, ranks), counts)
 
     seconds = time.perf_counter() - started
@@ -126,11 +136,13 @@ def evaluate(config: PretrainConfig, model: Any, validation: Stream, step: int, 
     model.eval()
     totals: dict[str, Any] = {}
     counts: dict[str, Any] = {}
+    ranks.mark("evaluate", step)
     for batch in validation.eval_batches(step, config.eval.num_samples, ranks.rank, ranks.world_size):
         for name, loss in model(**runtime.to_device(batch, ranks.device)).items():
             totals[name] = totals.get(name, 0.0) + loss
         for name, count in count_targets([batch]).items():
             counts[name] = counts.get(name, 0) + count
+        ranks.mark("evaluate", step)  # for every batch: a long evaluation is no stall
     losses = mean_losses(sum_over_ranks(totals, ranks), sum_over_ranks(counts, ranks))
     token_loss = losses.get("loss_clm", losses.get("loss_mlm", losses["loss"]))
     perplexity = {"eval_perplexity": math.exp(min(token_loss, 700.0))}  # exp overflows beyond
@@ -192,6 +204,7 @@ def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, rank
 
 
 def save(config: PretrainConfig, model: Any, data: Stream, state: TrainState, run_dir: Path, ranks: Runtime) -> None:
+    ranks.mark("save", state.step)
     checkpoint.save(run_dir, state, engine.fragments(model), data.facts(state.step), ranks)
     if ranks.is_first:
         checkpoint.remove_old(run_dir, config.checkpoint.keep_last)
