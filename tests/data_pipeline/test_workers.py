@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import mmap
 import os
 import signal
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 from configs.schema import PretrainConfig
 from data_pipeline.errors import DataError
 from data_pipeline.samples import open_samples
-from data_pipeline.workers import STEPS_PER_WORKER, Ahead, Request, Worker
+from data_pipeline.workers import STEPS_PER_WORKER, Ahead, Request, Slot, Worker, _anonymous_file
 from tests.conftest import ROOT
 from tests.data_pipeline.token_datasets import gpt_config, lengths, write_dataset
 
@@ -27,11 +29,11 @@ def config(tmp_path) -> PretrainConfig:
     return gpt_config(tmp_path)
 
 
-def wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(happened: Callable[[], bool], seconds: float = 60, pause: float = 0.01) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def is_running(pid: int) -> bool:
@@ -84,7 +86,16 @@ def test_no_more_is_made_ahead_than_a_few_steps(config):
     ahead, _ = ready(config, 2)
     for step in (0, 1, 2, 50):
         ahead.get((step, 0, 1))
-        assert set(ahead._pending) == {(step + number, 0, 1) for number in range(1, 1 + 2 * STEPS_PER_WORKER)}
+        assert all(len(worker.asked) <= STEPS_PER_WORKER for worker in ahead.workers) and not ahead._pending
+    steps = itertools.count(51)
+
+    def what_follows_is_asked_for() -> bool:
+        step = next(steps)
+        ahead.get((step, 0, 1))
+        asked = {request for worker in ahead.workers for request in worker.asked}
+        return asked == {(step + number, 0, 1) for number in range(1, 1 + 2 * STEPS_PER_WORKER)}
+
+    wait_until(what_follows_is_asked_for)  # once the workers have answered what was asked before the jump
     ahead.close()
 
 
@@ -93,6 +104,10 @@ def test_batches_handed_out_stay_as_they_are(config):
     ahead.get((0, 0, 1))
     batches = [ahead.get((step, 0, 1)) for step in range(1, 9)]  # all of them come out of the same memory
     assert all(same(made, make((step, 0, 1))) for step, made in enumerate(batches, 1))
+    for made in batches:
+        for array in made[0].values():  # they belong to who asked for them
+            array[...] = 0
+    assert all(same(ahead.get((step, 0, 1)), make((step, 0, 1))) for step in range(9, 13))
     ahead.close()
 
 
@@ -103,6 +118,42 @@ def test_larger_steps_find_more_memory(config):
     ahead.close()
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_steps_that_become_longer_and_shorter_are_those_made_without_workers(tmp_path, num_workers):
+    write_dataset(tmp_path / "train", [lengths(1, 2000)])
+    phases = [{"from_step": step, "seq_len": seq_len} for step, seq_len in ((5, 64), (10, 8), (16, 200), (22, 16))]
+    ahead, make = ready(gpt_config(tmp_path, train={"phases": phases}), num_workers)
+    batches = [ahead.get((step, 0, 1)) for step in range(30)]
+    assert make.made == 1
+    assert all(same(made, make((step, 0, 1))) for step, made in enumerate(batches))
+    ahead.close()
+
+
+def test_requests_in_any_order_get_their_own_batches(config):
+    ahead, make = ready(config, 2)
+    rng = np.random.default_rng(1)
+    step = 0
+    for _ in range(200):
+        step = step + 1 if rng.random() < 0.6 else int(rng.integers(0, 40))
+        request = (step, 0, int(rng.choice([1, 1, 1, 2])))
+        assert same(ahead.get(request), make(request))
+    ahead.close()
+
+
+def test_slot_is_mapped_anew_only_as_it_grows():
+    file = _anonymous_file()
+    writer, reader = Slot(os.dup(file), mmap.ACCESS_WRITE), Slot(file, mmap.ACCESS_READ)
+    mappings = []
+    for size in [*range(1000, 200_000, 1000), 10, 100_000]:
+        batches = [{"a": np.full(size, size, np.int32), "b": np.arange(3)}, {"a": np.arange(size, dtype=np.uint16)}]
+        assert same(reader.read(writer.write(batches)), batches)
+        if not mappings or reader._memory is not mappings[-1]:
+            mappings.append(reader._memory)
+    assert len(mappings) < 10  # each at least twice as large as the one before
+    writer.close()
+    reader.close()
+
+
 def test_lost_workers_are_replaced_by_the_rank_itself(config):
     ahead, make = ready(config, 2)
     batches = [ahead.get((step, 0, 1)) for step in range(3)]
@@ -110,6 +161,30 @@ def test_lost_workers_are_replaced_by_the_rank_itself(config):
         os.kill(worker.pid, signal.SIGKILL)
     batches += [ahead.get((step, 0, 1)) for step in range(3, 20)]
     assert make.made > 10
+    assert all(same(made, make((step, 0, 1))) for step, made in enumerate(batches))
+    ahead.close()
+
+
+def test_other_workers_take_over_what_a_lost_one_was_asked_for(config):
+    ahead, make = ready(config, 2)
+    batches = [ahead.get((step, 0, 1)) for step in range(5)]
+    os.kill(ahead.workers[0].pid, signal.SIGKILL)
+    batches += [ahead.get((step, 0, 1)) for step in range(5, 40)]
+    assert make.made <= 1 + STEPS_PER_WORKER
+    assert all(same(made, make((step, 0, 1))) for step, made in enumerate(batches))
+    ahead.close()
+
+
+@pytest.mark.parametrize("microseconds", [0, 100, 300])
+def test_what_a_worker_killed_while_it_writes_leaves_is_not_read(config, microseconds):
+    ahead, make = ready(config, 1)
+    worker = ahead.workers[0]
+    files = [slot.file for slot in worker._slots]
+    batches = [ahead.get((0, 0, 1))]
+    wait_until(lambda: os.fstat(files[-1]).st_size > 0, pause=0)  # it has begun to lay down the step after the next
+    time.sleep(microseconds * 1e-6)
+    os.kill(worker.pid, signal.SIGKILL)
+    batches += [ahead.get((step, 0, 1)) for step in range(1, 6)]
     assert all(same(made, make((step, 0, 1))) for step, made in enumerate(batches))
     ahead.close()
 
@@ -142,10 +217,14 @@ def test_close_ends_the_processes_and_frees_their_memory(config):
     make((0, 0, 1))
     before = len(os.listdir("/proc/self/fd"))
     ahead = Ahead(make, [Worker(config, "train") for _ in range(2)])
-    assert len(os.listdir("/proc/self/fd")) == before + 4
+    wait_until(lambda: len(ahead._ready) == 2)
+    for step in range(5):
+        ahead.get((step, 0, 1))
+    assert len(os.listdir("/proc/self/fd")) > before and "millstream-batches" in Path("/proc/self/maps").read_text()
     ahead.close()
     assert not any(is_running(worker.pid) for worker in ahead.workers)
     assert len(os.listdir("/proc/self/fd")) == before
+    assert "millstream-batches" not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "exit"])
