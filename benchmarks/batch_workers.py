@@ -39,17 +39,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="a round")
     given = parser.parse_args()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
-    print("| batch | own work a step | made by | waited, microseconds (range) | steps/s (range) |\n" + "|---" * 5 + "|")
+    titles = [f"{way}: {unit} (range)" for unit in ("waited, microseconds", "steps/s") for way in WAYS.values()]
+    print(f"| batch | own work a step | {' | '.join(titles)} |\n" + "|---" * (2 + len(titles)) + "|")
     with tempfile.TemporaryDirectory() as folder:
         for architecture, (rows, seq_len) in SHAPES.items():
             config = build(Path(folder) / architecture, architecture, given.files)
             streams = {num_workers: opened(config, num_workers) for num_workers in WAYS}
             for kind, seconds in OWN_WORK:
-                table = measure(list(streams.values()), own_work(kind, seconds), given.rounds, given.steps)
-                for name, (waited, speeds) in zip(WAYS.values(), table, strict=True):
-                    work = f"{kind}, {seconds * 1e3:.0f} ms" if seconds else kind
-                    batch = f"{architecture.upper()}, {rows} x {seq_len}"
-                    print(f"| {batch} | {work} | {name} | {figure(waited)} | {figure(speeds)} |", flush=True)
+                results = measure(list(streams.values()), own_work(kind, seconds), given.rounds, given.steps)
+                figures = [figure(values) for of_unit in zip(*results, strict=True) for values in of_unit]
+                work = f"{kind}, {seconds * 1e3:.0f} ms" if seconds else kind
+                batch = f"{architecture.upper()}, {rows} x {seq_len}"
+                print(f"| {batch} | {work} | {' | '.join(figures)} |", flush=True)
             for stream in streams.values():
                 stream.close()
 
