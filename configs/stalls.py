@@ -26,9 +26,10 @@ from configs.incidents import append_incident
 from configs.phases import Ring, read_rings, stacks_path
 
 EXIT_CODE = 124  # of a run that was ended because it stood still
+REPORT_SECONDS = 30.0  # in which the report must be there
 ANSWER_SECONDS = 3.0  # in which a process writes its stacks after SIGUSR2; it takes milliseconds
 LARGEST_TABLE = 32  # ranks; of larger runs the table has the ranks behind and as many others
-COLLECTIVE = ("/torch/distributed/", "/deepspeed/comm/")  # where a rank stands while it waits for the others
+COLLECTIVE = ("/torch/distributed/", "/deepspeed/comm/")
 COLLECTIVE_FRAMES = 4  # of the innermost ones
 HINTS = {
     "start": "it imports, opens its data, meets the other ranks, builds the engine or loads a checkpoint",
@@ -50,7 +51,10 @@ class Seen:
 
     @property
     def waits_for_others(self) -> bool:
-        return any(place in frame for frame in self.stack[:COLLECTIVE_FRAMES] for place in COLLECTIVE)
+        """It stands in a call of torch.distributed, or in the wait for one that DeepSpeed has begun."""
+        frames = self.stack[:COLLECTIVE_FRAMES]
+        called = any(place in frame for frame in frames for place in COLLECTIVE)
+        return called or any("/deepspeed/" in frame and frame.endswith(" in wait") for frame in frames)
 
 
 def look(run_dir: Path, world_size: int, finished: Iterable[int] = ()) -> list[Seen]:
@@ -75,17 +79,20 @@ def look(run_dir: Path, world_size: int, finished: Iterable[int] = ()) -> list[S
     return seen
 
 
-def tell(run_dir: Path, world_size: int, quiet_seconds: float, finished: Iterable[int] = ()) -> Seen:
-    """Look at all ranks, print the report, keep it as ranks/stall.txt and as an incident; returns who is behind."""
+def tell(run_dir: Path, world_size: int, quiet_seconds: float, finished: Iterable[int] = ()) -> list[Seen]:
+    """Look at all ranks, print the report, keep it as ranks/stall.txt and as an incident; returns those behind."""
     seen = look(run_dir, world_size, finished)
     text = report(seen, quiet_seconds, run_dir)
     print(f"\n{text}\n", file=sys.stderr, flush=True)
-    first = behind(seen)[0][0]
-    where = {"step": first.ring.step, "phase": first.ring.phase} if first.ring else {"step": None, "phase": None}
-    summary = headline(seen, quiet_seconds)
-    append_incident(run_dir, "stall", summary, rank=first.rank, **where, num_ranks=world_size, code=EXIT_CODE)
+    suspects, _ = behind(seen)
+    rank = suspects[0].rank if len(suspects) == 1 else None
+    ring = suspects[0].ring
+    append_incident(
+        run_dir, "stall", headline(seen, quiet_seconds), step=ring.step if ring else None, rank=rank,
+        phase=ring.phase if ring else None, num_ranks=world_size, code=EXIT_CODE,
+    )  # fmt: skip
     report_path(run_dir).write_text(f"{text}\n")
-    return first
+    return suspects
 
 
 def report_path(run_dir: Path) -> Path:
@@ -107,8 +114,8 @@ def behind(seen: list[Seen]) -> tuple[list[Seen], str]:
         last = [rank for rank in last if not rank.stack] or last
     if len(last) > 1 and not all(rank.waits_for_others for rank in last):
         last = [rank for rank in last if not rank.waits_for_others]
-    if len(last) == len(left) and len(left) > 1:
-        return last, "no rank is behind: all are at the same place; look at the network between them, or the devices"
+    if len(last) == len(left) > 1 and all(rank.waits_for_others for rank in last):
+        return last, "no rank is behind, all wait in the same collective: look at the network between their machines"
     if any(rank.state == "blocked" for rank in last):
         return last, "the process is in a system call that does not return (state D): a disk or network file system"
     if not any(rank.stack for rank in last):
@@ -129,7 +136,7 @@ def report(seen: list[Seen], quiet_seconds: float, run_dir: Path) -> str:
         if rank.rank in names:
             note = "<- behind" if len(names) < len(seen) or len(seen) == 1 else ""
         else:
-            note = "waits for the others" if rank.waits_for_others or rank.state == "running" else ""
+            note = "waits in a collective" if rank.waits_for_others else ""
         where = [""] * 5
         if ring:
             where = [ring.host, str(ring.pid), str(ring.step), ring.phase, _clock(ring.since)]

@@ -89,12 +89,10 @@ def take_ranks(words: list[str]) -> tuple[list[str], int | None]:
 def start(module: str, config: str, overrides: list[str], num_ranks: int | None) -> int:
     """Check the configuration here, before any process is started, then run `module` on all ranks."""
     from configs.load import load
-    from launcher.local import default_num_ranks, run_local
+    from launcher import restarts
 
     loaded = load(config, overrides).config
-    num_ranks = num_ranks or default_num_ranks()
-    logs = Path(loaded.run_dir) / "logs"
-    return run_local(module, ["--config", config, *overrides], num_ranks, logs)
+    return restarts.run(module, ["--config", config, *overrides], loaded, num_ranks)
 
 
 def become_module(module: str, words: list[str]) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this machine.
+"""Starts the ranks of a run on this machine and waits for them.
 
 It sets the same variables as the deepspeed launcher and torchrun, so the started module does not know the difference
 (`deepspeed pretrain/train.py --config CONFIG` works as well). It is our own because the deepspeed launcher imports
@@ -13,24 +13,92 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from configs import stalls
+from configs.incidents import append_incident
+from configs.load import ConfigError
+from launcher.watch import Watch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-GRACE_SECONDS = 20  # between SIGTERM and SIGKILL for the ranks that are left after one has failed
+STOPPED_CODES = frozenset(128 + number for number in STOP_SIGNALS)
+SAME_REQUEST_SECONDS = 0.5  # as in pretrain/runtime.py: a signal this soon after the first one is no second request
+GRACE_SECONDS = 20.0  # between SIGTERM and SIGKILL for the ranks that are left after one has failed
+STALL_GRACE_SECONDS = 10.0  # the same after a stall
+AT_ONCE_SECONDS = 1.0  # the same after a second signal
 TRACEBACK_LINES = 30
+MISTAKE, GUARD = 2, 70  # exit codes; docs/running.md lists all of them
+Process = subprocess.Popen[bytes]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start of a run ended, with the exit code for the command."""
+
+    kind: Literal["finished", "stopped", "failed", "stalled"]  # stopped: by a signal that asked for it
+    code: int
+    rank: int | None = None  # the one that failed first, or that was behind
+    step: int = 0  # it had come to
+
+
+class Signals:
+    """Passes SIGINT, SIGTERM and SIGUSR1 on to the ranks that run, and remembers that the run is to stop.
+
+    The ranks have process groups of their own: Ctrl-C comes from the terminal here alone, and reaches them once.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.again = False  # asked a second time: at once
+        self._first = 0.0
+        self._ranks: list[Process] = []
+        self._watch: Watch | None = None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def go_to(self, ranks: list[Process], watch: Watch) -> None:
+        self._ranks, self._watch = ranks, watch
+        if self.number is not None:  # it came while they were being started
+            send(ranks, signal.SIGTERM)
+
+    def come_within(self, seconds: float) -> bool:
+        """Wait for that long; True, and at once, if a signal asks for the end."""
+        deadline = time.monotonic() + seconds
+        while self.number is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.number is not None
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.number is None:
+            self.number, self._first = number, time.monotonic()
+        elif time.monotonic() - self._first > SAME_REQUEST_SECONDS:
+            self.again = True
+        for rank, process in enumerate(self._ranks):
+            # While it still imports, SIGINT would end it with a traceback; SIGTERM ends it as well.
+            imports = self._watch is not None and self._watch.ring(rank) is None
+            send([process], signal.SIGTERM if imports and number == signal.SIGINT else number)
 
 
 def default_num_ranks() -> int:
     """One per visible GPU, or one on a machine without."""
+    return max(1, len(visible_devices()))
+
+
+def visible_devices() -> list[str]:
+    """The GPUs a run may use, as CUDA_VISIBLE_DEVICES names them, asked without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return max(1, len([device for device in visible.split(",") if device.strip()]))
-    return max(1, count_gpus())
+        return [device.strip() for device in visible.split(",") if device.strip()]
+    return [str(number) for number in range(count_gpus())]
 
 
 def count_gpus() -> int:
-    """GPUs of this machine, asked without importing torch; 0 without an NVIDIA driver."""
+    """GPUs of this machine; 0 without an NVIDIA driver."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -38,15 +106,33 @@ def count_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def run_local(module: str, words: list[str], num_ranks: int, logs: Path) -> int:
-    """Run `python -m module words` once per rank and wait; returns 0, or the exit code of the first rank that failed.
+def run_local(
+    module: str,
+    words: list[str],
+    num_ranks: int,
+    run_dir: Path,
+    signals: Signals,
+    stall_seconds: int | None = None,
+    devices: Iterable[str] | None = None,
+) -> Outcome:
+    """Run `python -m module words` once per rank and wait for them; with `devices`, on these GPUs only.
 
-    Rank 0 writes to the terminal, the others to logs/rank-N.log. When a rank fails, the others are ended and the end of
-    its output is shown. SIGINT, SIGTERM and SIGUSR1 are passed on to all ranks.
+    Rank 0 writes to the terminal, the others to run_dir/logs/rank-N.log. When a rank fails, the others are ended and
+    the end of its output is shown; when one makes no mark for `stall_seconds`, who is behind is shown and all are
+    ended. Raises ConfigError where `run_dir` cannot be written.
     """
     environment = rank_environment(num_ranks)
-    logs.mkdir(parents=True, exist_ok=True)
-    ranks = []
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    logs = run_dir / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir}: cannot be written ({error}); choose a directory you can write to"
+        ) from None
+    watch = Watch(run_dir, num_ranks, stall_seconds)
+    ranks: list[Process] = []
     for rank in range(num_ranks):
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, "-m", module, *words]
@@ -55,10 +141,8 @@ def run_local(module: str, words: list[str], num_ranks: int, logs: Path) -> int:
         else:
             with log_file(logs, rank).open("wb") as log:
                 ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, process_group=0))
-    # The ranks have process groups of their own: Ctrl-C comes from the terminal here alone, and reaches them once.
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda received, _: pass_on(ranks, received))
-    return wait(ranks, logs)
+    signals.go_to(ranks, watch)
+    return wait(ranks, watch, signals, logs)
 
 
 def rank_environment(num_ranks: int) -> dict[str, str]:
@@ -71,6 +155,7 @@ def rank_environment(num_ranks: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "MILLSTREAM_WATCHED": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     if not count_gpus():
@@ -79,40 +164,96 @@ def rank_environment(num_ranks: int) -> dict[str, str]:
     return environment
 
 
-def wait(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
-    """Wait for all ranks; after the first failure the others get SIGTERM, and SIGKILL after GRACE_SECONDS."""
+def wait(ranks: list[Process], watch: Watch, signals: Signals, logs: Path) -> Outcome:
+    """Until all ranks have ended, by themselves or, after a failure, a stall or a second signal, by us."""
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = next((rank for rank, code in enumerate(codes) if code), None)
-        if failed is not None:
-            break
-        if all(code == 0 for code in codes):
-            return 0
+        if signals.again:
+            end(ranks, AT_ONCE_SECONDS)
+            return Outcome("stopped", 128 + (signals.number or 0))
+        if signals.number is not None and any(code is not None and -code in STOP_SIGNALS for code in codes):
+            end(ranks, GRACE_SECONDS)  # asked to stop while it started: the others cannot go on without it
+            return Outcome("stopped", 128 + signals.number)
+        if (failed := first_failure(codes)) is not None:
+            end(ranks, GRACE_SECONDS)
+            return failure(failed, ranks[failed].returncode, watch, logs)
+        if all(code is not None for code in codes):
+            code = max(code or 0 for code in codes)
+            asked = 128 + signals.number if signals.number is not None else code
+            return Outcome("stopped", asked) if code else Outcome("finished", 0)
+        if seconds := watch.stalled([rank for rank, code in enumerate(codes) if code is None]):
+            done = [rank for rank, code in enumerate(codes) if code is not None]
+            behind = tell_stall(watch.run_dir, len(ranks), seconds, done)
+            end(ranks, STALL_GRACE_SECONDS)
+            step = max((seen.ring.step for seen in behind if seen.ring), default=0)
+            return Outcome("stalled", stalls.EXIT_CODE, behind[0].rank if len(behind) == 1 else None, step)
         time.sleep(0.1)
-    if codes[failed] in {128 + number for number in STOP_SIGNALS}:  # all were asked to stop
-        return max(rank.wait() for rank in ranks)
-    pass_on(ranks, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_SECONDS
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    pass_on(ranks, signal.SIGKILL)
-    show_failure(failed, ranks[failed].returncode, logs)
-    code = ranks[failed].returncode
-    return code if code > 0 else 128 - code
 
 
-def show_failure(rank: int, code: int, logs: Path) -> None:
-    print(f"\nrank {rank} failed first, with exit code {code}", file=sys.stderr)
+def tell_stall(run_dir: Path, num_ranks: int, seconds: float, finished: list[int]) -> list[stalls.Seen]:
+    """Report who is behind; returns them. Given up after REPORT_SECONDS: run_dir may be what does not answer."""
+    behind: list[stalls.Seen] = []
+    telling = threading.Thread(
+        target=lambda: behind.extend(stalls.tell(run_dir, num_ranks, seconds, finished)), daemon=True
+    )
+    telling.start()
+    telling.join(stalls.REPORT_SECONDS)
+    return behind
+
+
+def first_failure(codes: list[int | None]) -> int | None:
+    """The rank that failed: one that was killed rather than one that failed because of that. Pure."""
+    failed = [rank for rank, code in enumerate(codes) if code and code not in STOPPED_CODES]
+    killed = [rank for rank in failed if (codes[rank] or 0) < 0]
+    return next(iter([*killed, *failed]), None)
+
+
+def failure(rank: int, code: int, watch: Watch, logs: Path) -> Outcome:
+    """Show the failure, note it as an incident, and make it this command's exit code."""
+    ring = watch.ring(rank)
+    place = f", in phase {ring.phase} of step {ring.step}" if ring else ", before its first mark"
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    text = f"rank {rank} failed first, {how}{place}"
+    print(f"\n{text}", file=sys.stderr)
+    if code == -signal.SIGKILL:
+        print("it was not this launcher: often it is the kernel, for want of memory (see dmesg)", file=sys.stderr)
     if rank:  # rank 0 wrote to the terminal already
         lines = log_file(logs, rank).read_text(errors="replace").splitlines()
         print(f"the end of {log_file(logs, rank)}:", *lines[-TRACEBACK_LINES:], sep="\n  ", file=sys.stderr)
+    code = code if code > 0 else 128 - code
+    if code == stalls.EXIT_CODE:  # the rank has noted it
+        return Outcome("stalled", code, rank, ring.step if ring else 0)
+    before_the_run = code == MISTAKE and (ring is None or ring.phase == "start")
+    if code != GUARD and not before_the_run:  # the guard has noted it; a mistake at the start is nobody's incident
+        step = ring.step if ring else None
+        append_incident(watch.run_dir, "rank_failed", text, step=step, rank=rank, num_ranks=watch.num_ranks, code=code)
+    return Outcome("failed", code, rank, ring.step if ring else 0)
+
+
+def end(ranks: list[Process], grace_seconds: float) -> None:
+    """SIGTERM to those that run, to stopped ones too, and SIGKILL to those that are left after the grace."""
+    send(ranks, signal.SIGTERM)
+    send(ranks, signal.SIGCONT)
+    for number, seconds in ((signal.SIGKILL, grace_seconds), (None, 5.0)):
+        deadline = time.monotonic() + seconds
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if number is not None:
+            send(ranks, number)
+    for rank in ranks:
+        try:
+            os.killpg(rank.pid, signal.SIGKILL)  # what it started: workers that were stopped do not notice its end
+        except (ProcessLookupError, PermissionError):
+            continue
+    if left := [rank.pid for rank in ranks if rank.poll() is None]:
+        print(f"processes {left} cannot be ended: they hang in a system call (state D)", file=sys.stderr)
+
+
+def send(ranks: list[Process], number: int) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(number)
 
 
 def log_file(logs: Path, rank: int) -> Path:
     return logs / f"rank-{rank}.log"
-
-
-def pass_on(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.send_signal(number)

@@ -23,7 +23,6 @@ from configs.phases import COUNT, Mark, QuietTime, marker, open_ring, ring_path,
 
 WATCHED = "MILLSTREAM_WATCHED"  # set by our launcher: it is the first to act, this is for the case that it is gone
 LAUNCHER_SECONDS = 60  # it gets
-REPORT_SECONDS = 30  # a report takes at most, then the rank ends without it: run_dir may be what does not answer
 
 
 def watch(run_dir: str, rank: int, world_size: int, stall_seconds: int | None) -> Mark:
@@ -60,7 +59,7 @@ def _end_when_quiet(words: memoryview, stacks: BinaryIO, run_dir: Path, world_si
     arguments = (run_dir, world_size, seconds, began + patience / 2)
     reporting = threading.Thread(target=_report, args=arguments, daemon=True)
     reporting.start()
-    reporting.join(REPORT_SECONDS)
+    reporting.join(stalls.REPORT_SECONDS)  # no longer: run_dir may be what does not answer
     os._exit(stalls.EXIT_CODE)  # not sys.exit: the main thread does not answer
 
 

@@ -11,18 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local import rank_environment
+from configs.incidents import read_incidents
+from launcher.local import first_failure, rank_environment
 from tests.conftest import ROOT
 
-START = "import sys; from launcher.local import run_local; from pathlib import Path; sys.exit(run_local(*{arguments}))"
+START = (
+    "import sys; from pathlib import Path; from launcher.local import Signals, run_local\n"
+    "sys.exit(run_local('job', ['word'], {num_ranks}, Path({run_dir!r}), Signals()).code)"
+)
 
 
 def launch(tmp_path: Path, script: str, num_ranks: int) -> subprocess.Popen[str]:
     """Start `script` as a module on `num_ranks` ranks, through run_local."""
     (tmp_path / "job.py").write_text(script)
-    arguments = f"('job', ['word'], {num_ranks}, Path({str(tmp_path / 'logs')!r}))"
     return subprocess.Popen(
-        [sys.executable, "-c", START.format(arguments=arguments)],
+        [sys.executable, "-c", START.format(num_ranks=num_ranks, run_dir=str(tmp_path))],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
@@ -58,6 +61,34 @@ def test_first_failing_ranks_output_is_shown_and_the_others_are_ended(tmp_path):
     assert process.returncode == 1
     assert "rank 1 failed first, with exit code 1" in error and "RuntimeError: the culprit" in error
     assert time.monotonic() - began < 30
+    incident = read_incidents(tmp_path)[-1]
+    assert (incident["kind"], incident["rank"], incident["code"]) == ("rank_failed", 1, 1)
+
+
+def test_killed_rank_is_the_first_failure_not_the_one_that_failed_because_of_it():
+    assert first_failure([1, None, -9]) == 2
+    assert first_failure([None, 1, 1]) == 1
+    assert first_failure([0, 143, None, 130]) is None
+
+
+def test_killed_rank_is_named_with_its_signal_and_what_it_started_is_ended_too(tmp_path):
+    script = (
+        "import os, subprocess, sys, time\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    child = subprocess.Popen(['sleep', '600'])\n"
+        "    print(child.pid, flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "time.sleep(600)\n"
+    )
+    process = launch(tmp_path, script, 2)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 137
+    assert "rank 1 failed first, killed by SIGKILL" in error and "for want of memory" in error
+    child = int((tmp_path / "logs/rank-1.log").read_text())
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{child}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -76,3 +107,29 @@ def test_signal_reaches_every_rank_and_its_exit_code_comes_back(tmp_path, number
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert out.strip() == "stopped" and (tmp_path / "logs/rank-1.log").read_text().strip() == "stopped"
+
+
+def test_second_signal_ends_at_once_even_ranks_that_do_not_listen(tmp_path):
+    script = (
+        "import os, pathlib, signal, time\n"
+        "[signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'ready-' + os.environ['RANK']).touch()\n"
+        "time.sleep(600)\n"
+    )
+    process = launch(tmp_path, script, 2)
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None  # the ranks may finish what they do
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 2
+
+
+def test_run_dir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    start = START.format(num_ranks=1, run_dir=str(tmp_path / "file/below"))
+    done = subprocess.run([sys.executable, "-c", start], cwd=ROOT, capture_output=True, text=True)
+    assert "cannot be written" in done.stderr and "choose a directory you can write to" in done.stderr

@@ -1,0 +1,40 @@
+"""Watches the ranks that this machine's launcher started, from outside: who stands still, and who is it that is behind.
+
+What it reads and what it says is in configs/phases.py and configs/stalls.py. Every rank watches over itself too, but a
+process that is stopped, or held up outside of Python, cannot.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from configs.phases import QuietTime, Ring, read_ring, ring_path
+
+
+class Watch:
+    """Over the rings of one start of a run. Make it before the ranks: it removes what an earlier start left."""
+
+    def __init__(self, run_dir: Path, num_ranks: int, stall_seconds: int | None) -> None:
+        self.run_dir, self.num_ranks, self.stall_seconds = run_dir, num_ranks, stall_seconds
+        shutil.rmtree(run_dir / "ranks", ignore_errors=True)
+        self._interval = min(2.0, (stall_seconds or 0) / 20)
+        self._quiet = QuietTime(self._interval + 0.1)
+        self._next = 0.0
+
+    def ring(self, rank: int) -> Ring | None:
+        return read_ring(ring_path(self.run_dir, rank))
+
+    def stalled(self, running: list[int]) -> float | None:
+        """The seconds for which the quietest of these ranks has made no mark, if they are too many; else none.
+
+        A rank that has not opened its ring counts from the first call on. Cheap: it looks every few calls only.
+        """
+        if self.stall_seconds is None or time.monotonic() < self._next:
+            return None
+        self._next = time.monotonic() + self._interval
+        rings = {rank: self.ring(rank) for rank in running}
+        quiet = self._quiet.look({rank: ring.num_marks if ring else -1 for rank, ring in rings.items()})
+        longest = max(quiet.values(), default=0.0)
+        return longest if longest >= self.stall_seconds else None
