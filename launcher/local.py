@@ -171,16 +171,14 @@ def wait(ranks: list[Process], watch: Watch, signals: Signals, logs: Path) -> Ou
         if signals.again:
             end(ranks, AT_ONCE_SECONDS)
             return Outcome("stopped", 128 + (signals.number or 0))
-        if signals.number is not None and any(code is not None and -code in STOP_SIGNALS for code in codes):
-            end(ranks, GRACE_SECONDS)  # asked to stop while it started: the others cannot go on without it
-            return Outcome("stopped", 128 + signals.number)
-        if (failed := first_failure(codes)) is not None:
+        stopped, failed = stopped_code(codes, signals.number), first_failure(codes)
+        if failed is not None:
             end(ranks, GRACE_SECONDS)
+            if stopped is not None:  # it failed because that one had left
+                return Outcome("stopped", stopped)
             return failure(failed, ranks[failed].returncode, watch, logs)
         if all(code is not None for code in codes):
-            code = max(code or 0 for code in codes)
-            asked = 128 + signals.number if signals.number is not None else code
-            return Outcome("stopped", asked) if code else Outcome("finished", 0)
+            return Outcome("finished", 0) if stopped is None else Outcome("stopped", stopped)
         if seconds := watch.stalled([rank for rank, code in enumerate(codes) if code is None]):
             done = [rank for rank, code in enumerate(codes) if code is not None]
             behind = tell_stall(watch.run_dir, len(ranks), seconds, done)
@@ -199,6 +197,18 @@ def tell_stall(run_dir: Path, num_ranks: int, seconds: float, finished: list[int
     telling.start()
     telling.join(stalls.REPORT_SECONDS)
     return behind
+
+
+def stopped_code(codes: list[int | None], asked: int | None) -> int | None:
+    """The exit code of a run some rank of which has ended as it was asked to; none if no rank has. Pure.
+
+    `asked` is the signal that this command got; without it, the ranks know which one it was. A rank that was still
+    starting dies of the signal, which counts only if it came from here.
+    """
+    for code in codes:
+        if code in STOPPED_CODES or (asked is not None and code is not None and -code in STOP_SIGNALS):
+            return code if asked is None else 128 + asked
+    return None
 
 
 def first_failure(codes: list[int | None]) -> int | None:

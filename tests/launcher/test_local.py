@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs.incidents import read_incidents
-from launcher.local import first_failure, rank_environment
+from launcher.local import first_failure, rank_environment, stopped_code
 from tests.conftest import ROOT
 
 START = (
@@ -69,6 +69,13 @@ def test_killed_rank_is_the_first_failure_not_the_one_that_failed_because_of_it(
     assert first_failure([1, None, -9]) == 2
     assert first_failure([None, 1, 1]) == 1
     assert first_failure([0, 143, None, 130]) is None
+
+
+def test_rank_that_died_of_a_signal_was_stopped_only_if_the_command_was_asked():
+    assert stopped_code([None, -15], asked=None) is None
+    assert stopped_code([None, -15], asked=signal.SIGINT) == 130
+    assert stopped_code([None, 138], asked=None) == 138
+    assert stopped_code([0, 1, None], asked=signal.SIGTERM) is None
 
 
 def test_killed_rank_is_named_with_its_signal_and_what_it_started_is_ended_too(tmp_path):
