@@ -244,12 +244,17 @@ def _shown(seen: list[Seen], names: set[int]) -> list[Seen]:
 
 
 def _last_marks(ring: Ring, number: int = 6) -> str:
-    times = [when for when, _, _ in ring.marks]
-    shown = []
-    for place in range(max(0, len(times) - number), len(times) - 1):
-        _, step, phase = ring.marks[place]
-        shown.append(f"{phase} of step {step} {times[place + 1] - times[place]:.2f} s")
-    return ", ".join([*shown, f"then {ring.phase} of step {ring.step}"])
+    """For example "step 41: backward 0.21 s, reduce 0.01 s; step 42: data": each phase with its time, and the present."""
+    shown, last = "", None
+    for place in range(max(0, len(ring.marks) - number), len(ring.marks)):
+        when, step, phase = ring.marks[place]
+        if step != last:
+            shown, last = f"{shown}; step {step}: " if shown else f"step {step}: ", step
+        else:
+            shown += ", "
+        lasted = f" {ring.marks[place + 1][0] - when:.2f} s" if place + 1 < len(ring.marks) else ""
+        shown += phase + lasted
+    return shown
 
 
 def _clock(seconds: float) -> str:

@@ -63,7 +63,7 @@ def test_report_has_phase_step_time_table_last_marks_and_stack():
     )
     assert "0     node  100  42    reduce  00:16:41     running  waits in a collective" in text
     assert "1     node  101  42    data    00:16:42     running  <- behind" in text
-    assert "last marks of rank 1: data of step 41 1.00 s, then data of step 42" in text
+    assert "last marks of rank 1: step 41: data 1.00 s; step 42: data\n" in text
     assert COMPUTING[0] in text and WAITING[0] not in text and "runs/x/ranks/rank-*.stacks" in text
 
 
