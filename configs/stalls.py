@@ -244,7 +244,7 @@ def _shown(seen: list[Seen], names: set[int]) -> list[Seen]:
 
 
 def _last_marks(ring: Ring, number: int = 6) -> str:
-    """For example "step 41: backward 0.21 s, reduce 0.01 s; step 42: data": each phase with its time, and the present."""
+    """For example "step 41: backward 0.21 s, reduce 0.01 s; step 42: data": the phases and what each has taken."""
     shown, last = "", None
     for place in range(max(0, len(ring.marks) - number), len(ring.marks)):
         when, step, phase = ring.marks[place]
