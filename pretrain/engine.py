@@ -2,7 +2,7 @@
 
 The model is built under `zero.Init`: each parameter is cut into one piece per rank as soon as its module exists, so no
 rank ever holds the whole model. What a checkpoint needs of the engine (this rank's piece of every parameter and of
-its two Adam moments) comes out of `fragments` and goes back in through `load_fragments`.
+its optimizer state) comes out of `fragments` and goes back in through `load_fragments`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from torch import nn
 
 from configs.schema import OptimizerConfig
 from pretrain.checkpoint import Fragment
-from pretrain.optim import parameter_groups
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from pretrain.optim import make_optimizer
 
 # Two warnings per collective, about names that deepspeed calls and torch 2.13 has renamed; nothing a user can do.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -38,7 +36,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 def initialize(
     build: Callable[[], nn.Module], optimizer: OptimizerConfig, json: dict[str, Any], in_pieces: bool = True
 ) -> Any:
-    """Build the model in pieces and return the DeepSpeed engine that trains it with AdamW.
+    """Build the model in pieces and return the DeepSpeed engine that trains it.
 
     Without `in_pieces` each rank builds the whole model before it is cut, as transformers' from_pretrained needs it.
 
@@ -52,14 +50,7 @@ def initialize(
         model = build()
     for module, parameter in getattr(model, "external_parameters", list)():
         deepspeed.zero.register_external_parameter(module, parameter)
-    adamw = torch.optim.AdamW(
-        parameter_groups(model, optimizer.weight_decay),
-        lr=optimizer.lr,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        fused=True,
-    )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=json)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, optimizer), config=json)
     return engine
 
 
@@ -87,22 +78,20 @@ def fragments(engine: Any) -> Iterator[Fragment]:
     for name, parameter in _trained(engine):
         start, length = _own_range(engine, parameter)
         tensors = {"master": safe_get_local_fp32_param(parameter)}
-        tensors |= {moment: safe_get_local_optimizer_state(parameter, moment) for moment in MOMENTS}
+        tensors |= {key: safe_get_local_optimizer_state(parameter, key) for key in _state_keys(engine, parameter)}
         yield Fragment(name, tuple(parameter.ds_shape), start, {key: t[:length] for key, t in tensors.items()})
 
 
 def load_fragments(engine: Any, read: Callable[[str, str, int, int], torch.Tensor], optimizer_step: int) -> None:
-    """Fill weights and optimizer state from `read(parameter name, "master" or a moment, start, length)`.
+    """Fill weights and optimizer state from `read(parameter name, "master" or a key of the state, start, length)`.
 
     `read` returns the flat fp32 elements [start, start + length) of the whole parameter, so a checkpoint of any number
     of ranks can stand behind it. Called right after `initialize`, before the first forward.
     """
-    for flat in engine.optimizer.fp32_partitioned_groups_flat:
-        state = {"step": torch.tensor(float(optimizer_step), dtype=torch.float32, device=flat.device)}
-        engine.optimizer.optimizer.state[flat] = state | {moment: torch.zeros_like(flat) for moment in MOMENTS}
+    _make_state(engine, optimizer_step)
     for name, parameter in _trained(engine):
         start, length = _own_range(engine, parameter)
-        for key in ("master", *MOMENTS):
+        for key in ("master", *_state_keys(engine, parameter)):
             piece = torch.zeros(parameter.ds_tensor.numel(), dtype=torch.float32)  # the last rank's piece is padded
             piece[:length] = read(name, key, start, length)
             if key == "master":
@@ -126,6 +115,28 @@ def close(engine: Any) -> None:
 
 def _trained(engine: Any) -> Iterator[tuple[str, Any]]:
     return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
+
+
+def _state_keys(engine: Any, parameter: Any) -> list[str]:
+    """The names of the optimizer's per-element tensors; what it has one of, as the step, follows from `TrainState`."""
+    group, *_ = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+    flat = engine.optimizer.fp32_partitioned_groups_flat[group]
+    return [key for key, value in engine.optimizer.optimizer.state[flat].items() if value.shape == flat.shape]
+
+
+def _make_state(engine: Any, num_updates: int) -> None:
+    """Let the optimizer allocate its state, whatever it is, by an update with rate and gradient 0."""
+    optimizer = engine.optimizer
+    rates = [group["lr"] for group in optimizer.param_groups]
+    set_lr(engine, 0.0)
+    for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        flat.grad = torch.zeros_like(flat)
+        optimizer._optimizer_step(number)
+        flat.grad = None
+        state = optimizer.optimizer.state[flat]
+        state |= {key: value.fill_(num_updates) for key, value in state.items() if value.shape != flat.shape}
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _own_range(engine: Any, parameter: Any) -> tuple[int, int]:

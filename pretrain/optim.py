@@ -1,13 +1,20 @@
-"""Which parameters decay, and the learning rate as a pure function of the step."""
+"""The optimizer, which parameters decay, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
-from configs.schema import ScheduleConfig
+from configs.schema import OptimizerConfig, ScheduleConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters of `model`; the engine then puts its flat fp32 pieces in their place."""
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
