@@ -81,27 +81,53 @@ def save(run_dir: Path, state: TrainState, pieces: Iterable[Fragment], facts: di
     return target
 
 
-def newest_valid(run_dir: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+def newest_valid(
+    run_dir: Path, say: Callable[[str], None] = print, runtime: Runtime | None = None
+) -> Checkpoint | None:
     """The checkpoint with the highest step whose every file has its recorded size and hash.
 
-    Damaged ones are named through `say` and passed over, never removed.
+    Damaged ones are named through `say` and passed over, never removed. With a `runtime` every rank calls it, and all
+    get the same one: the first rank's list is taken, and they share the checking, see `open_checkpoint`.
     """
-    for path in reversed(_step_directories(run_dir)):
+    paths: Any = _step_directories(run_dir)
+    if runtime is not None:
+        paths = runtime.gather(paths)[0]
+    for path in reversed(paths):
         try:
-            return open_checkpoint(path)
+            return open_checkpoint(path, runtime)
         except CheckpointError as error:
             say(f"{error}; going back to an earlier checkpoint")
     return None
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Check sizes and hashes of all files and return where everything lies. Raises CheckpointError naming the file."""
+def open_checkpoint(path: Path, runtime: Runtime | None = None) -> Checkpoint:
+    """Check sizes and hashes of all files and return where everything lies. Raises CheckpointError naming the file.
+
+    With a `runtime` every rank calls it: each hashes its share of the files, and what any of them finds is raised on
+    all. So a checkpoint is read once to be checked, not once per rank.
+    """
+    rank, world_size = (runtime.rank, runtime.world_size) if runtime else (0, 1)
+    found, problem = None, None
+    try:
+        found = _check(path, rank, world_size)
+    except CheckpointError as error:
+        problem = str(error)
+    problems = [p for p in (runtime.gather(problem) if runtime else [problem]) if p is not None]
+    if problems or found is None:
+        raise CheckpointError(problems[0])
+    return found
+
+
+def _check(path: Path, rank: int, world_size: int) -> Checkpoint:
+    """The checkpoint, after this rank has looked at all sizes and at the hash of every `world_size`-th file."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {manifest['format']} is not the {FORMAT} this version reads")
-        for name, expected in manifest["files"].items():
-            _check_file(path / name, expected)
+        for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
+            _check_size(path / name, expected)
+            if number % world_size == rank:
+                _check_hash(path / name, expected)
         shapes = {name: tuple(entry["shape"]) for name, entry in manifest["parameters"].items()}
         pieces = {name: entry["pieces"] for name, entry in manifest["parameters"].items()}
         return Checkpoint(path, TrainState.from_json(manifest["state"]), manifest["facts"], pieces, shapes)
@@ -225,12 +251,15 @@ def _agree(runtime: Runtime, problem: str | None, aside: Path) -> None:
     )
 
 
-def _check_file(path: Path, expected: dict[str, Any]) -> None:
+def _check_size(path: Path, expected: dict[str, Any]) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing")
     size = path.stat().st_size
     if size != expected["bytes"]:
         raise CheckpointError(f"{path}: has {size} bytes, the manifest says {expected['bytes']}")
+
+
+def _check_hash(path: Path, expected: dict[str, Any]) -> None:
     found = _hash(path)
     if found != expected["xxh3_128"]:
         raise CheckpointError(f"{path}: is damaged (xxh3 {found}, the manifest says {expected['xxh3_128']})")

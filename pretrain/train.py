@@ -187,14 +187,11 @@ def only_tokenizer_files(folder: str, names: list[str]) -> list[str]:
 def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, ranks: Runtime) -> TrainState:
     """Fill the model from the newest valid checkpoint and return its state; a new one where there is none."""
     say = print if ranks.is_first else lambda text: None
-    found = checkpoint.newest_valid(run_dir, say)
+    found = checkpoint.newest_valid(run_dir, say, ranks)
     if config.train.resume == "never":
         if found:
             raise ConfigError(f"train.resume=never, but {found.path} exists; choose another run_dir or resume=auto")
         return TrainState()
-    steps = ranks.gather(found.step if found else 0)
-    if len(set(steps)) > 1:
-        raise CheckpointError(f"{run_dir}: the ranks see different newest checkpoints: steps {steps}")
     if found is None:
         return TrainState()
     checkpoint.check_facts(found, data.facts(found.step))

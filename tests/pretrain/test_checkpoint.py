@@ -126,3 +126,29 @@ def test_facts_that_changed_or_are_missing_are_named(tmp_path):
         checkpoint.check_facts(found, {"seed": 1, "packing": "best_fit"})
     with pytest.raises(CheckpointError, match=r"was written with seed=1, now it is None"):
         checkpoint.check_facts(found, {})
+
+
+class Group:
+    """One rank of a group whose other ranks do what this one does, seen from `rank`."""
+
+    is_first = False
+
+    def __init__(self, rank: int, world_size: int, others: list[str]):
+        self.rank, self.world_size, self.others = rank, world_size, others
+
+    def gather(self, value):
+        return [*self.others, value] if isinstance(value, str | None) else [value]
+
+
+def test_ranks_share_the_hashing_and_hear_of_what_another_found(tmp_path):
+    path = save(tmp_path, 1)
+    file = path / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.open_checkpoint(path, Group(0, 2, []))
+    assert checkpoint.open_checkpoint(path, Group(1, 2, [])).step == 1  # the only file is the first rank's to hash
+    with pytest.raises(CheckpointError, match="what rank 0 found"):
+        checkpoint.open_checkpoint(path, Group(1, 2, ["what rank 0 found"]))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="bytes, the manifest says"):  # sizes are looked at by every rank
+        checkpoint.open_checkpoint(path, Group(1, 2, []))
