@@ -68,6 +68,7 @@ def test_first_failing_ranks_output_is_shown_and_the_others_are_ended(tmp_path):
 def test_killed_rank_is_the_first_failure_not_the_one_that_failed_because_of_it():
     assert first_failure([1, None, -9]) == 2
     assert first_failure([None, 1, 1]) == 1
+    assert first_failure([-6, 2, 1]) == 1
     assert first_failure([0, 143, None, 130]) is None
 
 
