@@ -212,7 +212,7 @@ def stopped_code(codes: list[int | None], asked: int | None) -> int | None:
 
 
 def first_failure(codes: list[int | None]) -> int | None:
-    """The rank that failed: one that says why, then one that was killed, then one that may have failed for that. Pure."""
+    """The rank that failed: one that says why, else one that was killed, else the lowest. Pure."""
     failed = [rank for rank, code in enumerate(codes) if code and code not in STOPPED_CODES]
     killed = [rank for rank in failed if (codes[rank] or 0) < 0]
     known = [rank for rank in failed if codes[rank] in (MISTAKE, GUARD)]
