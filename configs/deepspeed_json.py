@@ -15,7 +15,8 @@ from configs.schema import FinetuneConfig, PretrainConfig, ZeroConfig
 def deepspeed_json(config: PretrainConfig | FinetuneConfig, world_size: int) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run on `world_size` ranks.
 
-    Raises ConfigError where the batch does not divide over the ranks or the `deepspeed:` section contradicts the rest.
+    Raises ConfigError where the batch does not divide over the ranks, DeepSpeed has no such ZeRO stage, or the
+    `deepspeed:` section contradicts the rest.
     """
     if isinstance(config, PretrainConfig):
         batch = config.train.global_batch_size
@@ -23,6 +24,12 @@ def deepspeed_json(config: PretrainConfig | FinetuneConfig, world_size: int) -> 
     else:
         batch = config.tuning.batch_size
         micro, precision, optimizer = config.tuning.micro_batch_size, config.tuning.precision, config.tuning.optimizer
+    if config.zero.stage == 0 and precision == "bf16":
+        section = "train" if isinstance(config, PretrainConfig) else "tuning"
+        raise ConfigError(
+            f"zero.stage=0 with {section}.precision=bf16: DeepSpeed would sum gradients in bf16 there. Set "
+            f"zero.stage=1, where every rank holds the whole weights and gradients too, or {section}.precision=fp32"
+        )
     generated = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation_steps(batch, micro, world_size),
@@ -53,14 +60,18 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
 
 
 def _zero_section(zero: ZeroConfig) -> dict[str, Any]:
-    return {
-        "stage": 3,
-        "stage3_param_persistence_threshold": zero.persistence_threshold,
+    if zero.stage == 0:
+        return {"stage": 0}
+    section = {
+        "stage": zero.stage,
         "reduce_bucket_size": zero.bucket_elements,
-        "stage3_prefetch_bucket_size": zero.bucket_elements,
         "contiguous_gradients": True,
-        "overlap_comm": True,
+        "overlap_comm": zero.stage > 1,  # stage 1 reduces once a step, after the last backward
     }
+    if zero.stage == 3:
+        section["stage3_param_persistence_threshold"] = zero.persistence_threshold
+        section["stage3_prefetch_bucket_size"] = zero.bucket_elements
+    return section
 
 
 def _merge(generated: dict[str, Any], raw: dict[str, Any], where: str) -> dict[str, Any]:

@@ -223,9 +223,10 @@ class LogConfig(Section):
 
 
 class ZeroConfig(Section):
-    """DeepSpeed ZeRO-3 (Rajbhandari et al. 2020): weights, gradients and optimizer state split over all ranks."""
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020): what is split over the ranks instead of being held by each."""
 
-    persistence_threshold: Annotated[int, Field(ge=0)] = 0  # smaller parameters stay whole; each costs a gather a step
+    stage: Literal[0, 1, 2, 3] = 3  # 0: nothing (fp32 only), 1: optimizer state, 2: also gradients, 3: also weights
+    persistence_threshold: Annotated[int, Field(ge=0)] = 0  # smaller weights stay whole; each costs a gather a step
     bucket_elements: PositiveInt = 50_000_000  # gradients are reduced in buckets of this many elements
 
 

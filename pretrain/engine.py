@@ -1,24 +1,21 @@
-"""DeepSpeed ZeRO-3 around a plain module. This is the only file that imports deepspeed.
+"""DeepSpeed around a plain module, at any ZeRO stage. This is the only file that imports deepspeed.
 
-The model is built under `zero.Init`: each parameter is cut into one piece per rank as soon as its module exists, so no
-rank ever holds the whole model. What a checkpoint needs of the engine (this rank's piece of every parameter and of
-its optimizer state) comes out of `fragments` and goes back in through `load_fragments`.
+At stage 3 the model is built under `zero.Init`: each parameter is cut into one piece per rank as soon as its module
+exists, so no rank ever holds the whole model. Below that every rank builds and holds it whole, and stages 1 and 2 split
+the fp32 weights that the optimizer works on, with its state. `pieces` says, for every stage, which stretch of which
+parameter lies where in the optimizer's tensors; what a checkpoint needs of the engine (`fragments`) and gives back to
+it (`load_fragments`) follows from that.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import nn
 
 from configs.schema import OptimizerConfig
@@ -29,16 +26,30 @@ from pretrain.optim import make_optimizer
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 # DeepSpeed compiles a shared-memory all-reduce at its first start on a CPU (60 s, needs a compiler). ZeRO-3 moves its
-# data by all-gather and reduce-scatter, which that op does not serve, so it is left out.
+# data by all-gather and reduce-scatter, which that op does not serve, so it is left out; the other stages use gloo's.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of one parameter in one of the tensors that the optimizer updates on this rank."""
+
+    name: str
+    parameter: Any  # an nn.Parameter with DeepSpeed's attributes
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int  # the stretch's first element in the flattened parameter
+    length: int  # in elements; at stage 3 it may be 0
+    master: torch.Tensor  # fp32; at stage 0 the parameter itself, else flat and with other parameters' stretches
+    offset: int  # the stretch's first element in the flattened master
 
 
 def initialize(
     build: Callable[[], nn.Module], optimizer: OptimizerConfig, json: dict[str, Any], in_pieces: bool = True
 ) -> Any:
-    """Build the model in pieces and return the DeepSpeed engine that trains it.
+    """Build the model and return the DeepSpeed engine that trains it at the ZeRO stage of `json`.
 
-    Without `in_pieces` each rank builds the whole model before it is cut, as transformers' from_pretrained needs it.
+    At stage 3 it is built in pieces; without `in_pieces` each rank builds the whole model before it is cut, as
+    transformers' from_pretrained needs it.
 
     Every rank calls it with the same arguments, after `runtime.start` and with the same torch seed. The module may have
     `external_parameters()`: the (module, parameter) pairs in which a module uses a parameter of another, as with tied
@@ -46,11 +57,16 @@ def initialize(
     """
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed()
-    with deepspeed.zero.Init(config_dict_or_path=json, enabled=in_pieces):
+    stage = json["zero_optimization"]["stage"]
+    with deepspeed.zero.Init(config_dict_or_path=json, enabled=in_pieces and stage == 3):
         model = build()
-    for module, parameter in getattr(model, "external_parameters", list)():
-        deepspeed.zero.register_external_parameter(module, parameter)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, optimizer), config=json)
+    if stage == 3:
+        for module, parameter in getattr(model, "external_parameters", list)():
+            deepspeed.zero.register_external_parameter(module, parameter)
+    plain = make_optimizer(model, optimizer)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=plain, config=json)
+    if stage == 0:
+        _clip_before_step(engine, optimizer.grad_clip)
     return engine
 
 
@@ -73,32 +89,54 @@ def grad_norm(engine: Any) -> float:
     return float(engine.get_global_grad_norm())
 
 
+def pieces(engine: Any) -> list[Piece]:
+    """This rank's piece of every trained parameter, in the order of the model.
+
+    Stages 1 and 2 cut the parameters of a group laid end to end, so a rank may have no piece of a parameter. At stage 0
+    every rank has all of them.
+    """
+    return [p for name, parameter in _trained(engine) if (p := _piece(engine, name, parameter)) is not None]
+
+
 def fragments(engine: Any) -> Iterator[Fragment]:
-    """This rank's piece of every trained parameter with its optimizer state; at least one step must have been made."""
-    for name, parameter in _trained(engine):
-        start, length = _own_range(engine, parameter)
-        tensors = {"master": safe_get_local_fp32_param(parameter)}
-        tensors |= {key: safe_get_local_optimizer_state(parameter, key) for key in _state_keys(engine, parameter)}
-        yield Fragment(name, tuple(parameter.ds_shape), start, {key: t[:length] for key, t in tensors.items()})
+    """This rank's part of the fp32 weights and of the optimizer's state; over all ranks, each element once.
+
+    The tensors are views of the engine's own: the next step changes them.
+    """
+    _make_state(engine)
+    for piece in pieces(engine):
+        skipped, length = (0, piece.length) if engine.zero_optimization_stage() else _share(engine, piece.length)
+        low = piece.offset + skipped
+        tensors = {key: whole.view(-1)[low : low + length] for key, whole in _tensors(engine, piece).items()}
+        yield Fragment(piece.name, piece.shape, piece.start + skipped, tensors)
 
 
-def load_fragments(engine: Any, read: Callable[[str, str, int, int], torch.Tensor], optimizer_step: int) -> None:
+@torch.no_grad()
+def load_fragments(engine: Any, read: Callable[[str, str, int, int], torch.Tensor], num_updates: int) -> None:
     """Fill weights and optimizer state from `read(parameter name, "master" or a key of the state, start, length)`.
 
     `read` returns the flat fp32 elements [start, start + length) of the whole parameter, so a checkpoint of any number
-    of ranks can stand behind it. Called right after `initialize`, before the first forward.
+    of ranks and any ZeRO stage can stand behind it. Every rank calls it, between two steps or before the first.
     """
-    _make_state(engine, optimizer_step)
-    for name, parameter in _trained(engine):
-        start, length = _own_range(engine, parameter)
-        for key in ("master", *_state_keys(engine, parameter)):
-            piece = torch.zeros(parameter.ds_tensor.numel(), dtype=torch.float32)  # the last rank's piece is padded
-            piece[:length] = read(name, key, start, length)
-            if key == "master":
-                safe_set_local_fp32_param(parameter, piece)
-                parameter.ds_tensor.data.copy_(piece)
-            else:
-                safe_set_local_optimizer_state(parameter, piece, key)
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        engine.optimizer.checkpoint_event_prologue()  # what is whole here is let go, or it would stay as it was
+    _make_state(engine)
+    for master in _masters(engine):
+        state = _plain(engine).state[master]
+        for key, whole in (state | {"master": master}).items():
+            whole.fill_(num_updates if key == "step" else 0)  # zero is for the padding, which is in no piece
+    for piece in pieces(engine):
+        for key, whole in _tensors(engine, piece).items():
+            target = whole.view(-1)[piece.offset : piece.offset + piece.length]
+            target.copy_(read(piece.name, key, piece.start, piece.length))
+        if stage == 3:
+            part = piece.parameter.ds_tensor
+            part.data.copy_(piece.master[piece.offset : piece.offset + part.numel()])
+    if stage == 3:
+        engine.optimizer.checkpoint_event_epilogue()
+    elif stage > 0:
+        engine.optimizer.update_lp_params()  # each rank's weights in the model's dtype, to all
 
 
 def gather_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -117,30 +155,78 @@ def _trained(engine: Any) -> Iterator[tuple[str, Any]]:
     return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
 
 
-def _state_keys(engine: Any, parameter: Any) -> list[str]:
-    """The names of the optimizer's per-element tensors; what it has one of, as the step, follows from `TrainState`."""
-    group, *_ = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
-    flat = engine.optimizer.fp32_partitioned_groups_flat[group]
-    return [key for key, value in engine.optimizer.optimizer.state[flat].items() if value.shape == flat.shape]
+def _plain(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer that `make_optimizer` made; above stage 0 DeepSpeed's is around it."""
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
 
-def _make_state(engine: Any, num_updates: int) -> None:
-    """Let the optimizer allocate its state, whatever it is, by an update with rate and gradient 0."""
-    optimizer = engine.optimizer
-    rates = [group["lr"] for group in optimizer.param_groups]
+def _masters(engine: Any) -> list[torch.Tensor]:
+    """The fp32 tensors that the optimizer updates."""
+    if engine.zero_optimization_stage() == 3:  # whose groups have none between two steps
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return [master for group in engine.optimizer.param_groups for master in group["params"]]
+
+
+def _piece(engine: Any, name: str, parameter: Any) -> Piece | None:
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return Piece(name, parameter, tuple(parameter.shape), 0, parameter.numel(), parameter, 0)
+    if stage == 3:
+        group, offset, _ = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+        size = parameter.ds_tensor.numel()  # with the padding that makes all ranks' pieces equally long
+        start = min(engine.global_rank * size, parameter.ds_numel)
+        length = min(size, parameter.ds_numel - start)
+        return Piece(name, parameter, tuple(parameter.ds_shape), start, length, _masters(engine)[group], offset)
+    found = parameter._hp_mapping  # of the low precision parameter into the high precision (hp) partition
+    if found is None:
+        return None
+    in_parameter, in_master = found.lp_fragment_address, found.hp_fragment_address
+    master = _masters(engine)[found.param_group_index]
+    return Piece(
+        name, parameter, tuple(parameter.shape), in_parameter.start, in_parameter.numel, master, in_master.start
+    )
+
+
+def _tensors(engine: Any, piece: Piece) -> dict[str, torch.Tensor]:
+    """The fp32 weights, "master", and the optimizer's tensors of the same shape. Its "step" is in `TrainState`."""
+    state = _plain(engine).state[piece.master]
+    return {"master": piece.master.detach()} | {key: whole for key, whole in state.items() if key != "step"}
+
+
+def _share(engine: Any, length: int) -> tuple[int, int]:
+    """First element and length of this rank's part of what every rank holds."""
+    size = -(-length // engine.world_size)
+    start = min(engine.global_rank * size, length)
+    return start, min(size, length - start)
+
+
+def _make_state(engine: Any) -> None:
+    """Let the optimizer allocate its state, whatever that is, by an update with rate and gradient 0."""
+    plain, masters = _plain(engine), _masters(engine)
+    if plain.state:  # there has been an update
+        return
+    rates = [group["lr"] for group in plain.param_groups]
     set_lr(engine, 0.0)
-    for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-        flat.grad = torch.zeros_like(flat)
-        optimizer._optimizer_step(number)
-        flat.grad = None
-        state = optimizer.optimizer.state[flat]
-        state |= {key: value.fill_(num_updates) for key, value in state.items() if value.shape != flat.shape}
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    if engine.zero_optimization_stage() == 3:
+        for number in range(len(masters)):
+            engine.optimizer._optimizer_step(number)
+    else:
+        plain.step()
+    for master in masters:
+        master.grad = None
+        plain.state[master]["step"].zero_()
+    for group, rate in zip(plain.param_groups, rates, strict=True):
         group["lr"] = rate
 
 
-def _own_range(engine: Any, parameter: Any) -> tuple[int, int]:
-    """First element and number of elements of this rank's piece, without the padding at the end."""
-    size = parameter.ds_tensor.numel()
-    start = min(engine.global_rank * size, parameter.ds_numel)
-    return start, min(size, parameter.ds_numel - start)
+def _clip_before_step(engine: Any, largest: float) -> None:
+    """At stage 0 DeepSpeed clips the gradient but forgets its norm, so both are done here; 0 turns clipping off."""
+    engine.clip_fp32_gradients = lambda: None
+
+    def clip(optimizer: Any, *arguments: Any) -> None:
+        parameters = [parameter for _, parameter in _trained(engine)]
+        optimizer._global_grad_norm = nn.utils.clip_grad_norm_(parameters, largest or float("inf"))
+
+    engine.optimizer.register_step_pre_hook(clip)
