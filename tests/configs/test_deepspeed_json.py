@@ -6,7 +6,7 @@ import pytest
 
 from configs.deepspeed_json import accumulation_steps, deepspeed_json
 from configs.load import ConfigError
-from configs.schema import PretrainConfig
+from configs.schema import FinetuneConfig, PretrainConfig
 
 
 def config(**deepspeed) -> PretrainConfig:
@@ -49,3 +49,23 @@ def test_batch_that_does_not_divide_names_a_micro_batch_that_does():
         accumulation_steps(24, 5, 2)
     with pytest.raises(ConfigError, match=r"a global batch that is a multiple of 5"):
         accumulation_steps(24, 4, 5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_stage_decides_the_zero_section(stage):
+    given = PretrainConfig.model_validate({"run_dir": "r", "zero": {"stage": stage}, "train": {"precision": "fp32"}})
+    section = deepspeed_json(given, 1)["zero_optimization"]
+    assert section["stage"] == stage
+    assert ("reduce_bucket_size" in section) == (stage > 0)
+    assert ("stage3_param_persistence_threshold" in section) == (stage == 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "section"),
+    [(PretrainConfig, {}, "train"),
+     (FinetuneConfig, {"task": "classification", "model": "m", "train": "t", "dev": "d"}, "tuning")],
+)  # fmt: skip
+def test_stage_0_in_bf16_is_refused_with_the_cure(kind, other, section):
+    given = kind.model_validate({"run_dir": "r", "zero": {"stage": 0}, **other})
+    with pytest.raises(ConfigError, match=rf"{section}.precision=bf16.*zero.stage=1.*or {section}.precision=fp32"):
+        deepspeed_json(given, 1)

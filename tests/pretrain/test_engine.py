@@ -1,4 +1,4 @@
-"""The engine on two real ranks: no rank holds the whole model, and what is gathered is what was built."""
+"""The engine on two real ranks: who holds what at which ZeRO stage, and what is read out of it and filled in again."""
 
 from __future__ import annotations
 
@@ -49,3 +49,23 @@ def test_each_rank_holds_half_of_the_model_from_the_first_layer_on(architecture,
     script = tmp_path / "script.py"
     script.write_text("import sys; sys.path.insert(0, '.')\n" + SCRIPT.replace("ARCHITECTURE", architecture))
     run_ranks(2, [str(script)], tmp_path / "logs")
+
+
+def run_function(name: str, tmp_path) -> None:
+    run_ranks(2, ["tests/pretrain/engine_on_ranks.py", name], tmp_path / "logs")
+
+
+def test_each_stage_splits_what_its_definition_says_and_every_element_is_written_once(tmp_path):
+    run_function("each_stage_splits_what_its_definition_says", tmp_path)
+
+
+def test_what_was_read_out_and_is_filled_in_after_more_steps_gives_bitwise_the_same_steps(tmp_path):
+    run_function("what_was_read_out_and_is_filled_in_again_gives_the_same_steps", tmp_path)
+
+
+def test_reading_out_before_the_first_update_gives_a_zero_state_and_changes_nothing(tmp_path):
+    run_function("reading_out_before_the_first_update_changes_nothing", tmp_path)
+
+
+def test_gradient_norm_and_clipping_are_the_same_at_every_stage(tmp_path):
+    run_function("norm_and_clipping_are_the_same_at_every_stage", tmp_path)
