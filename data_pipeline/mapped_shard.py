@@ -33,6 +33,7 @@ class MappedShard:
         content = np.frombuffer(self.map, np.uint8)
         ends_at, sums_at = _layout(entry, dtype.itemsize)
         self.tokens = content[: self.num_tokens * dtype.itemsize].view(dtype)
+        self.tokens_view = self.tokens.data
         self.ends = content[ends_at:sums_at].view(np.int64)  # uint64 in the file; none is so large
         self.ends_view = self.ends.data
         self.sums = content[sums_at:].view(np.uint64).data

@@ -29,25 +29,34 @@ class Rows:
     num_rows: int
     block_starts: np.ndarray  # (blocks + 1,) int64: the first row of each shard or run of shards, and num_rows
     first_tokens: Callable[[np.ndarray], np.ndarray]  # where in the dataset each row begins, (n,) int64
-    # (numbers, use, places (n,)) -> the rows' arrays, (n, seq_len) but for next_sentence_label, (n,). BERT's chances
-    # follow from the use, "train" or "eval", and the place, which is another one in every epoch.
+    # (numbers, use, places (n,)) -> the rows' arrays, (n, seq_len) but for next_sentence_label, (n,), and tokens,
+    # (n, seq_len + 1). BERT's chances follow from the use, "train" or "eval", and the place, which is another one in
+    # every epoch.
     make: Callable[[np.ndarray, str, np.ndarray], Arrays]
 
 
-def open_rows(config: PretrainConfig, dataset: Dataset, seq_len: int, vocabulary: bert_rows.Vocabulary | None) -> Rows:
+def open_rows(
+    config: PretrainConfig,
+    dataset: Dataset,
+    seq_len: int,
+    vocabulary: bert_rows.Vocabulary | None,
+    tokens_alone: bool = False,
+) -> Rows:
     """The rows of a dataset for the model of `config`; `vocabulary` is BERT's.
 
-    With best-fit packing the first call makes the plan, which takes a while. Raises DataError where it cannot be kept.
+    With `tokens_alone` concatenated rows are made as "tokens" in the dataset's dtype, from which `expand` makes the
+    rest. With best-fit packing the first call makes the plan, which takes a while. Raises DataError where it cannot be
+    kept.
     """
     if vocabulary is not None:
         return _bert(config, dataset, seq_len, vocabulary)
     if config.data.packing == "best_fit":
         folder = Path(config.data.cache.dir).expanduser() / "packing"
         return _best_fit(dataset, packing.open_plan(dataset, seq_len, folder))
-    return _concatenated(dataset, seq_len, apart=config.data.shuffle_window_tokens is not None)
+    return _concatenated(dataset, seq_len, config.data.shuffle_window_tokens is not None, tokens_alone)
 
 
-def _concatenated(dataset: Dataset, seq_len: int, apart: bool) -> Rows:
+def _concatenated(dataset: Dataset, seq_len: int, apart: bool, tokens_alone: bool) -> Rows:
     """With `apart` no row reaches over the end of a shard: what is left there, less than a row, is not used."""
     shard_starts = np.array(dataset.shard_starts if apart else [0, dataset.num_tokens])
     counts = np.maximum(0, np.diff(shard_starts) - 1) // seq_len  # one token more than a row, for the last label
@@ -62,6 +71,8 @@ def _concatenated(dataset: Dataset, seq_len: int, apart: bool) -> Rows:
     def make(numbers: np.ndarray, use: str, places: np.ndarray) -> Arrays:
         starts = first_tokens(numbers)
         tokens = dataset.gather(starts, seq_len + 1)
+        if tokens_alone:
+            return {"tokens": tokens}
         return pack.gpt_rows(tokens, *dataset.document_starts_many(starts, seq_len + 1))
 
     return Rows(int(block_starts[-1]), block_starts, first_tokens, make)

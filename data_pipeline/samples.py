@@ -79,6 +79,8 @@ class Samples:
     """Batches out of one dataset or a mixture of several: `micro_batches` is the place to start reading.
 
     datasets: by name, in the order of their names; `remote`: which of them are at an address.
+
+    document_end_id: None, or an id from which documents can be told, so that a batch needs nothing but tokens.
     """
 
     def __init__(self, config: PretrainConfig, datasets: dict[str, Dataset], remote: set[str]) -> None:
@@ -95,8 +97,13 @@ class Samples:
                     f"data.build.tokenizer={{type: pretrained, path: {first.path}}}"
                 )
         vocabulary = self._bert_vocabulary() if config.model.architecture == "bert" else None
+        self.document_end_id = self._common_document_end_id()
+        tokens_alone = self.document_end_id is not None
         steps = [(0, config.train.seq_len), *((phase.from_step, phase.seq_len) for phase in config.train.phases)]
-        rows = [[open_rows(config, dataset, seq_len, vocabulary) for dataset in self.sources] for _, seq_len in steps]
+        rows = [
+            [open_rows(config, dataset, seq_len, vocabulary, tokens_alone) for dataset in self.sources]
+            for _, seq_len in steps
+        ]
         self._stages = mixture_stages(config, [of_source.num_rows for of_source in rows[0]])
         self.mixture = mixture.make_mixture(self._stages) if config.data.mixture else None
         self.phases = [
@@ -106,7 +113,11 @@ class Samples:
         self._block = lru_cache(maxsize=4)(self._make_block)
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> Iterator[Arrays]:
-        """The micro batches of `rank` for the step from `step` to `step + 1`; the rank's share must divide."""
+        """The micro batches of `rank` for the step from `step` to `step + 1`; the rank's share must divide.
+
+        Each has the arrays of `pack.gpt_rows` or `bert_rows.make_rows`, or where there is a `document_end_id` only
+        "tokens", (micro_batch_size, seq_len + 1) in the dataset's dtype, for `expand`.
+        """
         train = self.config.train
         share, size = train.global_batch_size // world_size, train.micro_batch_size
         phase = self.phase_at(step)
@@ -117,8 +128,12 @@ class Samples:
         for start in range(first, first + share, at_once):
             count = min(at_once, first + share - start)
             sources, numbers = self._chosen(phase, start, count)
-            places = np.arange(start, start + count) + phase.first_step * train.global_batch_size
+            place = phase.first_step * train.global_batch_size + start
+            places = np.arange(place, place + count)
             arrays = self._make_rows(phase, sources, numbers, "train", places)
+            if count == size:
+                yield self._unpadded(arrays)
+                continue
             for row in range(0, count, size):
                 yield self._unpadded({name: array[row : row + size] for name, array in arrays.items()})
 
@@ -126,7 +141,7 @@ class Samples:
         """`rank`'s part of `num_samples` samples, the same ones at every call, with the seq_len of the step before.
 
         A mixture is mixed by its first weights. Every rank gets equally many batches; what is missing at the end is
-        filled with rows without targets.
+        filled with rows without targets. The arrays are those of `micro_batches`.
         """
         size, phase = self.config.train.micro_batch_size, self.phase_at(max(0, step - 1))
         count = min(num_samples, sum(rows.num_rows for rows in phase.rows))
@@ -139,6 +154,8 @@ class Samples:
             for name in ("labels", "next_sentence_label"):
                 if name in arrays:
                     arrays[name][len(mine) :] = IGNORE_INDEX
+            if self.document_end_id is not None:  # behind the end of a document there is no target
+                arrays["tokens"][len(mine) :] = self.document_end_id
             yield self._unpadded(arrays)
 
     def phase_at(self, step: int) -> Phase:
@@ -170,6 +187,12 @@ class Samples:
     def _counts(self, step: int) -> np.ndarray:
         place = step * self.config.train.global_batch_size
         return np.array([place]) if self.mixture is None else mixture.counts(self.mixture, place)
+
+    def _common_document_end_id(self) -> int | None:
+        """The id that ends the documents of all sources, if rows are for GPT and concatenated."""
+        is_concatenated = self.config.model.architecture == "gpt" and self.config.data.packing == "concatenate"
+        end_ids = {dataset.document_end_id for dataset in self.sources}
+        return end_ids.pop() if is_concatenated and len(end_ids) == 1 else None
 
     def _bert_vocabulary(self) -> bert_rows.Vocabulary:
         tokenizer = load_tokenizer(self.tokenizer_dir)

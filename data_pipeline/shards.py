@@ -1,6 +1,7 @@
 """The dataset directory: flat token ids in shards, described by a manifest that is written last. Format 2.
 
-    manifest.json                 dtype, vocabulary, fingerprints, the shards and all other files with their checksums
+    manifest.json                 dtype, vocabulary, fingerprints, the id that ends documents and nothing else (null:
+                                  none is known to), the shards and all other files with their checksums
     shard-00000.tokens            three parts, each starting at a multiple of 8 bytes:
                                     token ids of all its documents, one after the other: uint16, or uint32 for
                                       vocabularies over 65,536
@@ -63,6 +64,8 @@ class Dataset:
         self.vocab_size: int = manifest["vocab_size"]
         self.fingerprint: str = manifest["fingerprint"]
         self.tokenizer_fingerprint: str = manifest["tokenizer_fingerprint"]
+        # The id that ends every document and occurs nowhere else; None: there is none, or nobody has looked
+        self.document_end_id: int | None = manifest.get("document_end_id")
         self.dtype = np.dtype(manifest["dtype"])
         self.shards: list[dict[str, Any]] = manifest["shards"]
         counts = [shard["tokens"] for shard in self.shards]
@@ -79,7 +82,7 @@ class Dataset:
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Row i is the tokens [starts[i], starts[i] + length): (n, length), in `dtype`. starts: (n,), integers."""
         shard_starts, mapped, shift = self.shard_starts, self._mapped, TOKEN_SHIFT[self.dtype.itemsize]
-        rows = [np.empty(0, self.dtype)]
+        rows: list[Any] = []  # what has a buffer
         is_asked_for = False
         for start in starts.tolist():
             number = bisect_right(shard_starts, start) - 1
@@ -94,12 +97,13 @@ class Dataset:
                 rows.append(shard.tokens_of(low, high))
             else:
                 shard.used = True
-                rows.append(shard.tokens[low:high])
+                rows.append(shard.tokens_view[low:high])
                 continue
             if time.perf_counter() - before > SLOW_SECONDS and not is_asked_for:
                 self._ask_for(starts, length)
                 is_asked_for = True
-        return np.concatenate(rows).reshape(len(starts), length)
+        # 8 x 1,025 ids from memory: 2.6 us; np.concatenate takes 4.5, np.stack 7.1
+        return np.ndarray((len(starts), length), self.dtype, bytearray().join(rows))
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Indices in [start, stop) at which a document starts, int64, ascending."""
@@ -206,12 +210,15 @@ def write_shard(path: Path, pieces: Iterable[tuple[np.ndarray, np.ndarray]], voc
     """
     dtype = token_dtype(vocab_size)
     all_lengths: list[np.ndarray] = []
+    end_ids: set[int | None] = set()
     num_tokens = num_documents = 0
     with writing(path) as file:
         body = _SummedFile(file)
         for tokens, lengths in pieces:
             if lengths.min(initial=1) < 1 or lengths.sum() != len(tokens):
                 raise ValueError(f"{path}: a piece of {len(tokens)} tokens in documents of {lengths} tokens")
+            if len(tokens) and None not in end_ids:
+                end_ids.add(_document_end_id(tokens, lengths))
             for start in range(0, len(tokens), WRITE_TOKENS):
                 body.write(_checked_ids(tokens[start : start + WRITE_TOKENS], vocab_size, path).astype(dtype))
             all_lengths.append(lengths.astype(np.min_scalar_type(lengths.max(initial=0))))
@@ -235,6 +242,7 @@ def write_shard(path: Path, pieces: Iterable[tuple[np.ndarray, np.ndarray]], voc
         "bytes": body.num_bytes + len(sums),
         "xxh3_128": body.digest.hexdigest(),
         "sums_xxh3_128": xxhash.xxh3_128_hexdigest(sums),
+        "document_end_id": end_ids.pop() if len(end_ids) == 1 else None,
     }
 
 
@@ -243,11 +251,13 @@ def write_manifest(
 ) -> None:
     """Finish a dataset directory: nothing in it may change from now on.
 
+    `shards` are the entries that `write_shard` returned; the dataset has the document_end_id that all of them have.
     `built_from` identifies the settings and sources, for a later build to compare.
     """
     for leftover in directory.glob(f"{WRITING}*"):  # of a build that was killed
         leftover.unlink()
     names = {shard["file"] for shard in shards} | {"manifest.json"}
+    end_ids = {shard.get("document_end_id") for shard in shards}
     content = {
         "format": FORMAT,
         "dtype": token_dtype(vocab_size).name,
@@ -256,7 +266,8 @@ def write_manifest(
         "built_from": built_from,
         "documents": sum(shard["documents"] for shard in shards),
         "tokens": sum(shard["tokens"] for shard in shards),
-        "shards": shards,
+        "document_end_id": end_ids.pop() if len(end_ids) == 1 else None,
+        "shards": [{key: value for key, value in shard.items() if key != "document_end_id"} for shard in shards],
         "files": [describe(path) for path in sorted(directory.iterdir()) if path.name not in names],
     }
     content["fingerprint"] = _fingerprint(content)
@@ -397,9 +408,18 @@ def _checked_ids(ids: np.ndarray, vocab_size: int, path: Path) -> np.ndarray:
     return ids
 
 
+def _document_end_id(tokens: np.ndarray, lengths: np.ndarray) -> int | None:
+    """The id that ends each of these documents and occurs nowhere else in them, if there is one."""
+    end = int(tokens[-1])
+    if (tokens[np.cumsum(lengths) - 1] != end).any():
+        return None
+    parts = (tokens[start : start + WRITE_TOKENS] for start in range(0, len(tokens), WRITE_TOKENS))
+    return end if sum(int(np.count_nonzero(part == end)) for part in parts) == len(lengths) else None
+
+
 def _fingerprint(manifest: dict[str, Any]) -> str:
-    """Of the tokens and their tokenizer: not of `built_from` and of reports among `files`, which name paths."""
-    content = {key: value for key, value in manifest.items() if key not in ("built_from", "files")}
+    """Of the tokens and their tokenizer: not of what follows from them, nor of `built_from` and `files`: paths."""
+    content = {key: value for key, value in manifest.items() if key not in ("built_from", "files", "document_end_id")}
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 

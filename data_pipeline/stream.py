@@ -13,6 +13,7 @@ import torch
 
 from configs.deepspeed_json import accumulation_steps
 from configs.schema import PretrainConfig
+from data_pipeline.expand import expand_tokens
 from data_pipeline.rows import Arrays
 from data_pipeline.samples import Samples, Split, open_samples
 from data_pipeline.workers import Ahead, Request, Worker
@@ -26,7 +27,7 @@ def open_stream(config: PretrainConfig, split: Split) -> Stream:
 
 
 class Stream:
-    """Batches as dicts of tensors: the rows of `pack.gpt_rows` or `bert_rows.make_rows`."""
+    """Batches as dicts of tensors, see `Samples.micro_batches`; `expand` makes of each what a model takes."""
 
     def __init__(self, config: PretrainConfig, samples: Samples, split: Split) -> None:
         self.config, self.samples = config, samples
@@ -47,6 +48,14 @@ class Stream:
         """See `Samples.eval_batches`."""
         for arrays in self.samples.eval_batches(step, num_samples, rank, world_size):
             yield _tensors(arrays)
+
+    def expand(self, batch: Batch) -> Batch:
+        """The arrays of `pack.gpt_rows` or `bert_rows.make_rows` of a batch, made on the device that it is on.
+
+        Of a batch that has them already, the batch itself.
+        """
+        end_id = self.samples.document_end_id
+        return batch if end_id is None else expand_tokens(batch["tokens"], end_id)
 
     def facts(self, step: int) -> dict[str, Any]:
         """See `Samples.facts`."""

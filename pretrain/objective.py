@@ -16,10 +16,12 @@ IGNORE_INDEX = -100
 def count_targets(batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, int]:
     """Targets of each objective in this rank's micro batches, under the names the models give their sums."""
     name = "mlm" if any("token_type_ids" in batch for batch in batches) else "clm"
-    counts = {name: sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)}
+    arrays = {name: "labels"}
     if any("next_sentence_label" in batch for batch in batches):
-        counts["nsp"] = sum(int((batch["next_sentence_label"] != IGNORE_INDEX).sum()) for batch in batches)
-    return counts
+        arrays["nsp"] = "next_sentence_label"
+    return {  # summed where the batches are, and waited for once
+        name: int(sum((batch[array] != IGNORE_INDEX).sum() for batch in batches)) for name, array in arrays.items()
+    }
 
 
 def global_mean(sums: Mapping[str, torch.Tensor], counts: Mapping[str, float]) -> torch.Tensor:

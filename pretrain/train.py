@@ -99,13 +99,14 @@ def train_step(config: PretrainConfig, model: Any, data: Stream, step: int, rank
     model.train()
 
     ranks.mark("data", step)
-    batches = data.micro_batches(step, ranks.rank, ranks.world_size)
+    made = data.micro_batches(step, ranks.rank, ranks.world_size)
+    batches = [data.expand(runtime.to_device(batch, ranks.device)) for batch in made]
     ranks.mark("reduce", step)
     counts = sum_over_ranks(count_targets(batches), ranks)
     totals = dict.fromkeys(counts, 0.0)
     for batch in batches:
         ranks.mark("forward", step)
-        sums = model(**runtime.to_device(batch, ranks.device))
+        sums = model(**batch)
         ranks.mark("backward", step)
         engine.backward(model, global_mean(sums, counts))
         ranks.mark("step", step)
@@ -137,8 +138,9 @@ def evaluate(config: PretrainConfig, model: Any, validation: Stream, step: int, 
     totals: dict[str, Any] = {}
     counts: dict[str, Any] = {}
     ranks.mark("evaluate", step)
-    for batch in validation.eval_batches(step, config.eval.num_samples, ranks.rank, ranks.world_size):
-        for name, loss in model(**runtime.to_device(batch, ranks.device)).items():
+    for made in validation.eval_batches(step, config.eval.num_samples, ranks.rank, ranks.world_size):
+        batch = validation.expand(runtime.to_device(made, ranks.device))
+        for name, loss in model(**batch).items():
             totals[name] = totals.get(name, 0.0) + loss
         for name, count in count_targets([batch]).items():
             counts[name] = counts.get(name, 0) + count

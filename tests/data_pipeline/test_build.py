@@ -22,6 +22,7 @@ from rich.console import Console
 from configs.load import load_pretrain
 from data_pipeline import build, parts
 from data_pipeline.shards import DataError, open_dataset
+from data_pipeline.tokenizer import end_of_text_id, load_tokenizer
 from tests.conftest import ROOT
 
 QUIET = Console(quiet=True)
@@ -251,6 +252,28 @@ def test_every_document_is_in_exactly_one_split_with_its_end_token(corpus):
             found.append(tokenizer.decode(ids[:-1]))
     assert sorted(found) == sorted(texts)
     assert 0.04 < open_dataset(root / "validation").num_documents / len(texts) < 0.18
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["data.build.split_by=tail"],
+        ["data.build.tokenizer.type=characters"],
+        ["data.build.tokenizer.type=unigram", "data.build.tokenizer.vocab_size=60"],
+        ["model.architecture=bert", "data.build.tokenizer.type=wordpiece"],
+    ],
+    ids=["bpe", "tail", "characters", "unigram", "bert"],
+)
+def test_built_dataset_knows_the_token_that_ends_documents_and_nothing_else(corpus, overrides):
+    ends = [json.dumps({"text": f"a king said {end} and went"}) for end in ("<|endoftext|>", "</s>", "[SEP]")]
+    with (corpus.parent / "corpus.jsonl").open("a") as file:
+        file.write("\n".join(ends * 20))
+    root = make(corpus, *overrides)
+    end = end_of_text_id(load_tokenizer(root / "train"))
+    for name in ("train", "validation"):
+        is_for_bert = "model.architecture=bert" in overrides
+        assert open_dataset(root / name).document_end_id == (None if is_for_bert else end)
 
 
 def test_shards_end_with_the_document_that_fills_them(corpus, small_parts):

@@ -157,7 +157,16 @@ def test_imported_dataset_can_be_trained_on(tmp_path, tokenizer):
     out = bring_in("megatron", FOREIGN / "megatron" / "int32", tmp_path / "out", tokenizer, "validation_fraction=0.2")
     samples = open_samples(gpt_config(out, train={"global_batch_size": 4}), "train")
     (row, *_) = samples.micro_batches(0, 0, 1)
-    assert row["input_ids"].shape == (1, 16) and row["input_ids"].max() > 65_535
+    assert {name: array.shape for name, array in row.items()} == {"tokens": (1, 17)}
+    assert row["tokens"].dtype == np.uint32 and row["tokens"].max() > 65_535
+
+
+def test_end_of_text_tells_documents_apart_only_where_it_stands_at_their_ends_alone(tmp_path, tokenizer):
+    rows = FOREIGN / "mds" / "rows"
+    inside = open_dataset(bring_in("mds", rows, tmp_path / "samples", tokenizer) / "train")
+    assert any(END in document[:-1] for document in documents(inside)) and inside.document_end_id is None
+    ended = bring_in("megatron", FOREIGN / "megatron" / "ended", tmp_path / "ended", tokenizer)
+    assert open_dataset(ended / "train").document_end_id == END
 
 
 def test_origin_is_kept(tmp_path, tokenizer):
@@ -359,6 +368,15 @@ def test_merged_shards_are_the_same_bytes(tmp_path):
     assert [file.name for file in merged] == [f"shard-{number:05d}.tokens" for number in range(3)]
     assert [file.read_bytes() for file in merged] == [file.read_bytes() for file in own]
     assert verify_dataset(tmp_path / "out") == []
+
+
+def test_merged_dataset_knows_what_ends_documents_if_all_have_the_same(tmp_path):
+    for number, (name, end_id) in enumerate({"a": 59_999, "b": 59_999, "c": 59_998, "d": None}.items()):
+        write_dataset(tmp_path / name, [[5, 9], [7]], 100 * number, end_id=end_id)
+    for others, expected in (("b", 59_999), ("c", None), ("d", None)):
+        out = tmp_path / f"a and {others}"
+        merge([str(tmp_path / "a"), str(tmp_path / others)], out, Console(quiet=True))
+        assert open_dataset(out).document_end_id == expected
 
 
 def test_merged_dataset_says_what_it_is_made_of(tmp_path, tokenizer):

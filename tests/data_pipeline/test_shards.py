@@ -292,6 +292,44 @@ def test_shard_is_the_same_however_it_is_cut_into_pieces(tmp_path):
     assert whole["bytes"] == (tmp_path / "whole").stat().st_size > 5 * BLOCK_BYTES
 
 
+@pytest.mark.parametrize(
+    ("shards", "expected"),
+    [
+        ([[[1, 2, 0], [0], [3, 0]], [[4, 0]]], 0),
+        ([[[1, 2, 999], [3, 4, 5, 999], [999]]], 999),
+        ([[[1, 2, 0], [0, 3, 0]]], None),  # also inside of a document
+        ([[[1, 2, 0], [5, 0], [3, 0], [4, 0, 1]]], None),  # the last document does not end with it
+        ([[[1, 0], [2, 0]], [[1, 5], [2, 5]]], None),  # each shard has another one
+        ([[[1, 0], [2, 0]], [[1, 0, 2], [2]]], None),
+    ],
+)
+def test_id_that_ends_every_document_and_is_nowhere_else_is_known(tmp_path, shards, expected):
+    data = open_dataset(write(tmp_path / "data", shards))
+    assert data.document_end_id == expected and "document_end_id" in data.manifest
+
+
+def test_older_manifest_that_does_not_say_what_ends_documents_is_of_the_same_dataset(tmp_path):
+    directory = write(tmp_path / "data", [[[1, 2, 0], [3, 0]]])
+    manifest = read_manifest(directory)
+    assert manifest.pop("document_end_id") == 0
+    del manifest["checksum"]
+    text = json.dumps(manifest, indent=1).removesuffix("\n}").encode()
+    (directory / "manifest.json").write_bytes(text + shards._last_lines(text))
+    data = open_dataset(directory)
+    assert data.document_end_id is None
+    content = {key: value for key, value in manifest.items() if key != "fingerprint"}
+    assert data.fingerprint == shards._fingerprint(content)  # the samples keep their order
+
+
+def test_rows_can_be_gathered_from_anywhere_and_written_to(directory):
+    data = open_dataset(directory)
+    rows = data.gather(np.array([2, 0, 6, 3]), 4)  # over the end of a shard, twice; the second time all is checked
+    assert rows.tolist() == [[3, 4, 5, 6], [1, 2, 3, 4], [7, 8, 9, 10], [4, 5, 6, 7]]
+    rows[:] = 0
+    assert data.gather(np.array([0, 6]), 4).tolist() == [[1, 2, 3, 4], [7, 8, 9, 10]]
+    assert data.gather(np.array([], np.int64), 4).shape == (0, 4)
+
+
 def test_documents_are_found_by_their_number(directory):
     data = open_dataset(directory)
     assert [data.document(number) for number in range(5)] == [(0, 3), (3, 4), (4, 6), (6, 9), (9, 10)]

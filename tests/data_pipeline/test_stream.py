@@ -18,20 +18,23 @@ import xxhash
 from configs.load import ConfigError
 from configs.schema import PretrainConfig
 from data_pipeline.mapped_shard import BLOCK_BYTES
+from data_pipeline.samples import Samples, Split
 from data_pipeline.shards import DataError, write_manifest
 from data_pipeline.stream import Stream, open_stream
 from tests.data_pipeline.token_datasets import bert_config, gpt_config, lengths, write_dataset
 
-KINDS = ["gpt", "gpt-mixture", "gpt-best-fit", "gpt-window", "bert", "bert-spans"]
+KINDS = ["gpt", "gpt-mixture", "gpt-best-fit", "gpt-window", "gpt-tokens", "gpt-tokens-mixture", "bert", "bert-spans"]
+END = 59_999  # ends the documents of the sources c and d
 STEPS = [0, 1, 2, 5, 6, 7, 8, 170]  # the mixture changes at step 2, its length at step 7; 170 is in the next block
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    for number, name in enumerate(("a", "b")):
+    for number, name in enumerate("abcd"):
         for split, documents in (("train", 200), ("validation", 20)):
-            write_dataset(folder / name / split, [lengths(number, documents), lengths(number + 5, documents)])
+            shards = [lengths(number, documents), lengths(number + 5, documents)]
+            write_dataset(folder / name / split, shards, end_id=END if name in "cd" else None)
     bert_config(folder / "bert")
     return folder
 
@@ -45,13 +48,14 @@ def settings(folder: Path, kind: str, num_workers: int = 0, **train: Any) -> Pre
         data["packing"] = "best_fit"
     if kind == "gpt-window":
         data["shuffle_window_tokens"] = 2000
-    if kind == "gpt-mixture":
+    one, other = "cd" if kind.startswith("gpt-tokens") else "ab"
+    if kind.endswith("-mixture"):
         data["mixture"] = {
-            name: {"dir": str(folder / name), "weight": weight} for name, weight in {"a": 3, "b": 1}.items()
+            name: {"dir": str(folder / name), "weight": weight} for name, weight in {one: 3, other: 1}.items()
         }
-        data["mixture_schedule"] = [{"from_step": 2, "weights": {"a": 1, "b": 3}, "ramp_steps": 3}]
+        data["mixture_schedule"] = [{"from_step": 2, "weights": {one: 1, other: 3}, "ramp_steps": 3}]
         train = {"phases": [{"from_step": 7, "seq_len": 32}]} | train
-    return gpt_config(folder / "a", data, train)
+    return gpt_config(folder / one, data, train)
 
 
 def global_batch(stream: Stream, step: int, world_size: int) -> dict[str, torch.Tensor]:
@@ -74,7 +78,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_global_batch_is_the_same_for_any_ranks_and_workers_also_after_a_resume(folder, kind):
     alone = open_stream(settings(folder, kind), "train")
     expected = {step: global_batch(alone, step, 1) for step in STEPS}
-    assert all(batch["input_ids"].shape[0] == 24 for batch in expected.values())
+    assert all(len(tensor) == 24 for batch in expected.values() for tensor in batch.values())
     assert not same(expected[0], expected[1])
     for num_workers in (0, 1, 4):
         stream = open_stream(settings(folder, kind, num_workers), "train")
@@ -112,8 +116,54 @@ def test_steps_made_ahead_are_those_asked_for_whatever_the_order(folder):
         )
 
 
-def test_changing_a_batch_changes_no_other_one(folder):
-    stream = open_stream(settings(folder, "gpt"), "train")
+def without_knowing_ends(monkeypatch, config: PretrainConfig, split: Split) -> Stream:
+    with monkeypatch.context() as patch:
+        patch.setattr(Samples, "_common_document_end_id", lambda self: None)
+        return open_stream(config, split)
+
+
+@pytest.mark.parametrize("kind", ["gpt-tokens", "gpt-tokens-mixture"])
+def test_batches_of_tokens_alone_expand_to_the_same_arrays(folder, kind, monkeypatch):
+    config = settings(folder, kind, micro_batch_size=3)
+    stream, whole = open_stream(config, "train"), without_knowing_ends(monkeypatch, config, "train")
+    for step in STEPS:
+        batches = stream.micro_batches(step, 0, 1)
+        assert all(list(batch) == ["tokens"] and batch["tokens"].dtype == torch.uint16 for batch in batches)
+        expanded = [stream.expand(batch) for batch in batches]
+        assert all(map(same, expanded, whole.micro_batches(step, 0, 1))) and len(expanded) == 8
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_held_out_batches_of_tokens_alone_have_the_same_targets(folder, world_size, monkeypatch):
+    config = settings(folder, "gpt-tokens", micro_batch_size=4)
+    stream, whole = open_stream(config, "validation"), without_knowing_ends(monkeypatch, config, "validation")
+    for rank in range(world_size):
+        made = [list(some.eval_batches(0, 21, rank, world_size)) for some in (stream, whole)]  # 4 does not divide 21
+        assert len(made[0]) == len(made[1])
+        for batch, other in zip(*made, strict=True):
+            expanded, counts = stream.expand(batch), (other["labels"] != -100).any(dim=1)
+            assert torch.equal(expanded["labels"], other["labels"])  # none in the rows that fill the last batch
+            assert all(torch.equal(expanded[name][counts], other[name][counts]) for name in other)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "gpt-mixture", "gpt-best-fit", "bert"])
+def test_batch_that_has_all_arrays_is_expanded_to_itself(folder, kind):
+    stream = open_stream(settings(folder, kind), "train")
+    batch = stream.micro_batches(0, 0, 1)[0]
+    assert "labels" in batch and same(stream.expand(batch), batch)
+
+
+def test_best_fit_rows_and_mixtures_of_different_ends_are_whole_arrays(folder):
+    packed = settings(folder, "gpt-tokens")
+    packed = packed.model_copy(update={"data": packed.data.model_copy(update={"packing": "best_fit"})})
+    mixed = gpt_config(folder, {"mixture": {name: {"dir": str(folder / name), "weight": 1} for name in "ac"}})
+    for config in (packed, mixed):
+        assert "labels" in open_stream(config, "train").micro_batches(0, 0, 1)[0]
+
+
+@pytest.mark.parametrize("kind", ["gpt", "gpt-tokens"])
+def test_changing_a_batch_changes_no_other_one(folder, kind):
+    stream = open_stream(settings(folder, kind), "train")
     before = {name: tensor.clone() for name, tensor in stream.micro_batches(3, 0, 1)[0].items()}
     for tensor in stream.micro_batches(3, 0, 1)[0].values():
         tensor.zero_()
@@ -182,6 +232,9 @@ def test_dataset_at_an_address_gives_the_same_batches_and_its_next_shards_are_fe
         time.sleep(0.01)
     for step in range(1, 20):
         assert same(remote.micro_batches(step, 0, 1)[0], local.micro_batches(step, 0, 1)[0])
+    while len(fetched()) < 12:  # the next steps need the others, which are on their way
+        assert time.monotonic() < deadline
+        remote.micro_batches(19, 0, 1)
     server.shutdown()
     assert len(fetched()) == len(set(fetched())) == 12
 

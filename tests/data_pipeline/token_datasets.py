@@ -15,12 +15,19 @@ VOCAB_SIZE = 60_000
 WORDS = ["sun", "moonlight", "river", "stones", "a", "king", "running", "sings", "slowly", "."]
 
 
-def write_dataset(folder: Path, shards: list[list[int]], first: int = 0, tokenizer: str = "none") -> Dataset:
-    """Shards with documents of the given lengths; token k of the whole is (first + k) % VOCAB_SIZE."""
+def write_dataset(
+    folder: Path, shards: list[list[int]], first: int = 0, tokenizer: str = "none", end_id: int | None = None
+) -> Dataset:
+    """Shards with documents of the given lengths; token k of the whole is (first + k) % VOCAB_SIZE.
+
+    With an `end_id`, which should not occur otherwise, that is the last token of every document.
+    """
     folder.mkdir(parents=True)
     entries = []
     for number, lengths in enumerate(shards):
         tokens = np.arange(first, first + sum(lengths)) % VOCAB_SIZE
+        if end_id is not None:
+            tokens[np.cumsum(lengths) - 1] = end_id
         pieces = [(tokens, np.array(lengths))]
         entries.append(write_shard(folder / f"shard-{number:05d}.tokens", pieces, VOCAB_SIZE))
         first += len(tokens)
