@@ -91,6 +91,7 @@ def tell(run_dir: Path, world_size: int, quiet_seconds: float, finished: Iterabl
         run_dir, "stall", headline(seen, quiet_seconds), step=ring.step if ring else None, rank=rank,
         phase=ring.phase if ring else None, num_ranks=world_size, code=EXIT_CODE,
     )  # fmt: skip
+    report_path(run_dir).parent.mkdir(exist_ok=True)  # no rank may have come so far
     report_path(run_dir).write_text(f"{text}\n")
     return suspects
 
@@ -179,7 +180,7 @@ def main_stack(dumps: str, main_thread: int) -> tuple[str, ...]:
             frames = [] if inside else frames
         elif inside and line.startswith('  File "'):
             frames.append(line.strip())
-        else:
+        elif not line.strip():  # other lines, "Garbage-collecting", belong to the thread
             inside = False
     return tuple(frames)
 

@@ -84,6 +84,7 @@ def test_main_threads_frames_of_the_last_dump_are_found():
         '  File "threading.py", line 1 in run\n'
         "\n"
         "Thread 0x00000000000000ab [python] (most recent call first):\n"
+        "  Garbage-collecting\n"
         '  File "inner.py", line 1 in inner\n'
         '  File "outer.py", line 2 in outer\n'
         "\n"

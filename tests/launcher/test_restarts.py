@@ -148,7 +148,7 @@ def test_restarts_that_are_used_up_leave_the_failures_code_and_message(config, t
 
 @pytest.mark.distributed
 def test_run_that_stood_still_is_started_again(config, tmp_path):
-    process = start(config, tmp_path, *SHORT, "launch.restarts=1", "launch.stall_seconds=8")
+    process = start(config, tmp_path, *SHORT, "launch.restarts=1", "launch.stall_seconds=20")
     send_at(process, tmp_path, 0, 25, signal.SIGSTOP)
     code, error = wait_for_end(process)
     assert code == 0, error
