@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.shards import read_manifest, write_manifest
 from tests.ranks import ROOT, finish, kill_when, run_ranks, start_ranks
 
 pytestmark = pytest.mark.distributed
 
+ORIGIN = ["vocab_size", "tokenizer_fingerprint", "built_from"]
 WORDS = ["the", "a", "sun", "moon", "river", "stone", "bird", "king", "runs", "sings", "under", "near", "slowly"]
 
 CONFIG = """
@@ -157,6 +160,23 @@ def test_loss_does_not_depend_on_ranks_and_accumulation(config, num_ranks, micro
     np.testing.assert_allclose(losses(run_dir), losses(reference), rtol=2e-5)
     norms = [[line["grad_norm"] for line in lines(r) if "loss" in line] for r in (run_dir, reference)]
     np.testing.assert_allclose(norms[0], norms[1], rtol=2e-4)
+
+
+def test_batches_of_tokens_alone_train_bitwise_as_batches_with_all_arrays(config):
+    if "bert" in config.parent.name:
+        pytest.skip("BERT's batches have all arrays")
+    shutil.copytree(config.parent / "data", config.parent / "unknown-ends")
+    for split in ("train", "validation"):
+        directory = config.parent / "unknown-ends" / split
+        known = read_manifest(directory)
+        assert known["document_end_id"] is not None
+        write_manifest(directory, known["shards"], *(known[name] for name in ORIGIN))
+        unknown = read_manifest(directory)
+        assert unknown["document_end_id"] is None and unknown["fingerprint"] == known["fingerprint"]
+    fillers = "eval.num_samples=13"  # the last batch is filled up
+    tokens = pretrain(config, "tokens-alone", 2, fillers)
+    whole = pretrain(config, "all-arrays", 2, fillers, f"data.dir={config.parent / 'unknown-ends'}")
+    assert lines(tokens) == lines(whole)
 
 
 def test_bert_without_padding_has_on_one_rank_the_losses_of_padded_batches_on_two(config):
