@@ -151,9 +151,28 @@ def check_facts(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
             )
 
 
+def check_parameters(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError unless the parameters of the model, name -> shape, are those it was written with.
+
+    Slices of a parameter of another shape would be numbers like any other, and the run would go on with them.
+    """
+    for name in sorted(shapes.keys() | checkpoint.shapes.keys()):
+        then, now = checkpoint.shapes.get(name), shapes.get(name)
+        if then != now:
+            raise CheckpointError(
+                f"{checkpoint.path}: has {_described(then)} as parameter `{name}`, the model has {_described(now)}: "
+                f"the model section is not the one it was written with. Restore it, or start a new run_dir"
+            )
+
+
+def _described(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else " x ".join(map(str, shape))
+
+
 def reader(checkpoint: Checkpoint) -> Callable[[str, str, int, int], torch.Tensor]:
-    """A function (parameter, "master" or a moment, start, length) -> flat fp32 tensor, read from the pieces on disk."""
+    """A function (parameter, "master" or a state's key, start, length) -> flat fp32 tensor, from the pieces on disk."""
     files = {name: safe_open(checkpoint.path / name, framework="pt") for name in _file_names(checkpoint)}
+    tensors = {name: frozenset(file.keys()) for name, file in files.items()}
 
     def read(parameter: str, key: str, start: int, length: int) -> torch.Tensor:
         if parameter not in checkpoint.pieces:
@@ -165,6 +184,11 @@ def reader(checkpoint: Checkpoint) -> Callable[[str, str, int, int], torch.Tenso
         for piece in checkpoint.pieces[parameter]:
             low, high = max(start, piece["start"]), min(start + length, piece["start"] + piece["length"])
             if low < high:
+                if f"{key}/{parameter}" not in tensors[piece["file"]]:
+                    raise CheckpointError(
+                        f"{checkpoint.path}: has no `{key}` of parameter `{parameter}`, which the optimizer keeps: "
+                        f"train.optimizer is not what it was written with. Restore it, or start a new run_dir"
+                    )
                 whole = files[piece["file"]].get_slice(f"{key}/{parameter}")
                 parts.append(whole[low - piece["start"] : high - piece["start"]])
         return torch.cat(parts) if parts else torch.empty(0)

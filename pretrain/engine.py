@@ -21,6 +21,9 @@ from torch import nn
 from configs.schema import OptimizerConfig
 from pretrain.checkpoint import Fragment
 from pretrain.optim import make_optimizer
+from pretrain.optimizers.lamb import Lamb
+from pretrain.optimizers.muon import Muon
+from pretrain.optimizers.slices import Layout, Slice
 
 # Two warnings per collective, about names that deepspeed calls and torch 2.13 has renamed; nothing a user can do.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -67,6 +70,8 @@ def initialize(
     engine, *_ = deepspeed.initialize(model=model, optimizer=plain, config=json)
     if stage == 0:
         _clip_before_step(engine, optimizer.grad_clip)
+    elif isinstance(plain, (Lamb, Muon)):
+        plain.layouts.update(_layouts(engine))
     return engine
 
 
@@ -96,6 +101,11 @@ def pieces(engine: Any) -> list[Piece]:
     every rank has all of them.
     """
     return [p for name, parameter in _trained(engine) if (p := _piece(engine, name, parameter)) is not None]
+
+
+def shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every trained parameter; at stage 3 the parameter itself is empty."""
+    return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in _trained(engine)}
 
 
 def fragments(engine: Any) -> Iterator[Fragment]:
@@ -185,6 +195,22 @@ def _piece(engine: Any, name: str, parameter: Any) -> Piece | None:
     return Piece(
         name, parameter, tuple(parameter.shape), in_parameter.start, in_parameter.numel, master, in_master.start
     )
+
+
+def _layouts(engine: Any) -> dict[torch.Tensor, Layout]:
+    """For each of the optimizer's tensors, which stretch of it is which parameter's and what the other ranks have."""
+    masters = _masters(engine)
+    numbers = {id(master): number for number, master in enumerate(masters)}
+    own = {piece.name: (numbers[id(piece.master)], piece.offset, piece.length) for piece in pieces(engine)}
+    of_ranks: list[Any] = [None] * engine.world_size
+    torch.distributed.all_gather_object(of_ranks, own)
+    slices: list[list[Slice]] = [[] for _ in masters]
+    for name, shape in shapes(engine).items():
+        lengths = tuple(of_rank[name][2] if name in of_rank else 0 for of_rank in of_ranks)
+        (number,) = {of_rank[name][0] for of_rank in of_ranks if name in of_rank}
+        offset = own[name][1] if name in own else 0
+        slices[number].append(Slice(name, shape, offset, lengths))
+    return {m: Layout(tuple(s), engine.global_rank) for m, s in zip(masters, slices, strict=True)}
 
 
 def _tensors(engine: Any, piece: Piece) -> dict[str, torch.Tensor]:

@@ -197,6 +197,7 @@ def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, rank
     if found is None:
         return TrainState()
     checkpoint.check_facts(found, data.facts(found.step))
+    checkpoint.check_parameters(found, engine.shapes(model))
     engine.load_fragments(model, checkpoint.reader(found), found.state.updates)
     say(f"going on from {found.path}")
     return found.state

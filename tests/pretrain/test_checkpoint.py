@@ -140,6 +140,23 @@ class Group:
         return [*self.others, value] if isinstance(value, str | None) else [value]
 
 
+def test_other_parameters_than_the_models_are_named(tmp_path):
+    found = checkpoint.open_checkpoint(save(tmp_path, 5))
+    checkpoint.check_parameters(found, {"w": (10,)})
+    with pytest.raises(CheckpointError, match=r"has 10 as parameter `w`, the model has 5 x 2: the model section"):
+        checkpoint.check_parameters(found, {"w": (5, 2)})
+    with pytest.raises(CheckpointError, match=r"has nothing as parameter `v`, the model has 3"):
+        checkpoint.check_parameters(found, {"w": (10,), "v": (3,)})
+    with pytest.raises(CheckpointError, match=r"has 10 as parameter `w`, the model has nothing"):
+        checkpoint.check_parameters(found, {})
+
+
+def test_state_that_the_optimizer_keeps_and_the_checkpoint_has_not_is_named(tmp_path):
+    read = checkpoint.reader(checkpoint.open_checkpoint(save(tmp_path, 5)))
+    with pytest.raises(CheckpointError, match=r"has no `momentum` of parameter `w`.*train.optimizer is not what"):
+        read("w", "momentum", 0, 1)
+
+
 def test_ranks_share_the_hashing_and_hear_of_what_another_found(tmp_path):
     path = save(tmp_path, 1)
     file = path / "rank-00000.safetensors"

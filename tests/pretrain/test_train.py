@@ -276,6 +276,16 @@ def test_changed_order_of_samples_in_the_middle_of_a_run_is_refused(config, undi
     assert (undisturbed / "checkpoints/step-00000003/manifest.json").exists()
 
 
+def test_smaller_model_in_the_middle_of_a_run_is_refused(config, undisturbed):
+    run_dir = config.parent / "smaller"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    os.symlink(undisturbed / "checkpoints/step-00000003", run_dir / "checkpoints/step-00000003")
+    codes = finish(start_ranks(2, words(config, run_dir, "model.hidden_size=16"), config.parent / "smaller-logs"))
+    assert codes == [2, 2]
+    log = (config.parent / "smaller-logs/rank-0.log").read_text()
+    assert "the model section is not the one it was written with" in log and "Traceback" not in log
+
+
 def test_deepspeeds_own_launcher_gives_the_same_run(config, undisturbed):
     run_dir = config.parent / "launched"
     launcher = str(Path(sys.executable).parent / "deepspeed")
