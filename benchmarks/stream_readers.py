@@ -101,9 +101,19 @@ def memmap_slices(folder: Path, first: int) -> NextBatch:
     return next_batch
 
 
+def memmap_concatenated(folder: Path, first: int) -> NextBatch:
+    batches = random_starts(shard_arrays(folder))
+
+    def next_batch() -> np.ndarray:
+        rows = [shard[low : low + SEQ_LEN + 1] for shard, lows in next(batches) for low in lows]
+        return np.concatenate(rows).reshape(len(rows), SEQ_LEN + 1)
+
+    return next_batch
+
+
 def memmap_targets(folder: Path, first: int) -> NextBatch:
     """Inputs and targets of the fastest gather, in the type that models take."""
-    next_ids = memmap_slices(folder, first)
+    next_ids = memmap_concatenated(folder, first)
 
     def next_batch() -> tuple[np.ndarray, np.ndarray]:
         ids = next_ids()
@@ -133,20 +143,8 @@ def open_samples(folder: Path):
     return open_samples(PretrainConfig.model_validate_json((folder / "config.json").read_text()), "train")
 
 
-def millstream_ids(folder: Path, first: int) -> NextBatch:
-    """The way to a complete batch as far as the ids: order and gather."""
-    samples = open_samples(folder)
-    phase, steps = samples.phase_at(0), steps_from(first)
-
-    def next_batch() -> np.ndarray:
-        _, numbers = samples._chosen(phase, next(steps) * ROWS, ROWS)
-        return samples.sources[0].gather(phase.rows[0].first_tokens(numbers), SEQ_LEN + 1)
-
-    return next_batch
-
-
-def millstream(folder: Path, first: int) -> NextBatch:
-    """Complete batches when they are asked for, without Stream's thread."""
+def millstream(folder: Path, first: int) -> Callable[[], list[dict[str, Any]]]:
+    """What the stream hands out, made when it is asked for, without its thread."""
     import torch
 
     samples, steps = open_samples(folder), steps_from(first)
@@ -156,6 +154,16 @@ def millstream(folder: Path, first: int) -> NextBatch:
         return [{name: torch.from_numpy(array) for name, array in arrays.items()} for arrays in batches]
 
     return next_batch
+
+
+def millstream_expanded(folder: Path, first: int) -> NextBatch:
+    """The same and, what training does on the accelerator, all that the model takes made of it; here on the CPU."""
+    from data_pipeline.expand import expand_tokens
+
+    end_id = open_samples(folder).document_end_id
+    assert end_id is not None
+    next_tokens = millstream(folder, first)
+    return lambda: [expand_tokens(batch["tokens"], end_id) for batch in next_tokens()]
 
 
 def millstream_ahead(folder: Path, first: int, num_workers: int = 0) -> NextBatch:
@@ -338,10 +346,11 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 }
 READERS: dict[str, Callable[[Path, int], NextBatch]] = {
     "memmap, slices": memmap_slices,
+    "memmap, concatenated": memmap_concatenated,
     "memmap, index arrays": memmap_index,
     "memmap, inputs and targets": memmap_targets,
-    "millstream, ids only": millstream_ids,
     "millstream": millstream,
+    "millstream, expanded": millstream_expanded,
     "millstream, a thread ahead": millstream_ahead,
     "millstream, 1 process ahead": lambda folder, first: millstream_ahead(folder, first, 1),
     "millstream, 2 processes ahead": lambda folder, first: millstream_ahead(folder, first, 2),

@@ -20,6 +20,7 @@ from data_pipeline import bert_rows, chance, order, pack, packing
 from data_pipeline.shards import Dataset
 
 Arrays = dict[str, np.ndarray]
+Places = np.ndarray | range
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Rows:
     num_rows: int
     block_starts: np.ndarray  # (blocks + 1,) int64: the first row of each shard or run of shards, and num_rows
     first_tokens: Callable[[np.ndarray], np.ndarray]  # where in the dataset each row begins, (n,) int64
-    # (numbers, use, places (n,)) -> the rows' arrays, (n, seq_len) but for next_sentence_label, (n,), and tokens,
+    # (numbers, use, n places) -> the rows' arrays, (n, seq_len) but for next_sentence_label, (n,), and tokens,
     # (n, seq_len + 1). BERT's chances follow from the use, "train" or "eval", and the place, which is another one in
     # every epoch.
-    make: Callable[[np.ndarray, str, np.ndarray], Arrays]
+    make: Callable[[np.ndarray, str, Places], Arrays]
 
 
 def open_rows(
@@ -68,7 +69,7 @@ def _concatenated(dataset: Dataset, seq_len: int, apart: bool, tokens_alone: boo
         shard = np.searchsorted(block_starts, numbers, side="right") - 1
         return shard_starts[shard] + (numbers - block_starts[shard]) * seq_len
 
-    def make(numbers: np.ndarray, use: str, places: np.ndarray) -> Arrays:
+    def make(numbers: np.ndarray, use: str, places: Places) -> Arrays:
         starts = first_tokens(numbers)
         tokens = dataset.gather(starts, seq_len + 1)
         if tokens_alone:
@@ -82,7 +83,7 @@ def _best_fit(dataset: Dataset, plan: packing.Plan) -> Rows:
     def first_tokens(numbers: np.ndarray) -> np.ndarray:
         return plan.starts[plan.first_pieces[numbers]]
 
-    def make(numbers: np.ndarray, use: str, places: np.ndarray) -> Arrays:
+    def make(numbers: np.ndarray, use: str, places: Places) -> Arrays:
         return best_fit_rows(dataset, plan, numbers)
 
     return Rows(plan.num_rows, plan.block_starts, first_tokens, make)
@@ -116,8 +117,8 @@ def _bert(config: PretrainConfig, dataset: Dataset, seq_len: int, vocabulary: be
     num_rows = dataset.num_tokens // stride
     block_starts = np.minimum(-(-np.array(dataset.shard_starts) // stride), num_rows)
 
-    def make(numbers: np.ndarray, use: str, places: np.ndarray) -> Arrays:
-        keys = chance.row_keys(order.key(config.train.seed, dataset.fingerprint, use), places)
+    def make(numbers: np.ndarray, use: str, places: Places) -> Arrays:
+        keys = chance.row_keys(order.key(config.train.seed, dataset.fingerprint, use), np.asarray(places))
         return bert_rows.make_rows(dataset, numbers, keys, vocabulary, config.data.masking, seq_len)
 
     return Rows(num_rows, block_starts, lambda numbers: numbers * stride, make)

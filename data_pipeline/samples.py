@@ -26,7 +26,7 @@ from configs.load import ConfigError
 from configs.schema import PretrainConfig, TrainConfig
 from data_pipeline import bert_rows, mixture, order
 from data_pipeline.mask import IGNORE_INDEX
-from data_pipeline.rows import Arrays, Rows, open_rows
+from data_pipeline.rows import Arrays, Places, Rows, open_rows
 from data_pipeline.shards import Dataset, open_dataset
 from data_pipeline.tokenizer import is_bert, load_tokenizer
 
@@ -129,8 +129,7 @@ class Samples:
             count = min(at_once, first + share - start)
             sources, numbers = self._chosen(phase, start, count)
             place = phase.first_step * train.global_batch_size + start
-            places = np.arange(place, place + count)
-            arrays = self._make_rows(phase, sources, numbers, "train", places)
+            arrays = self._make_rows(phase, sources, numbers, "train", range(place, place + count))
             if count == size:
                 yield self._unpadded(arrays)
                 continue
@@ -253,11 +252,12 @@ class Samples:
         return sources, numbers
 
     def _make_rows(
-        self, phase: Phase, sources: np.ndarray | None, numbers: np.ndarray, use: str, places: np.ndarray
+        self, phase: Phase, sources: np.ndarray | None, numbers: np.ndarray, use: str, places: Places
     ) -> Arrays:
         if sources is None:
             return phase.rows[0].make(numbers, use, places)
         result: Arrays = {}
+        places = np.asarray(places)
         for source in np.unique(sources).tolist():
             chosen = np.flatnonzero(sources == source)
             arrays = phase.rows[source].make(numbers[chosen], use, places[chosen])

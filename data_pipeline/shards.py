@@ -83,22 +83,21 @@ class Dataset:
         """Row i is the tokens [starts[i], starts[i] + length): (n, length), in `dtype`. starts: (n,), integers."""
         shard_starts, mapped, shift = self.shard_starts, self._mapped, TOKEN_SHIFT[self.dtype.itemsize]
         rows: list[Any] = []  # what has a buffer
+        is_short = 0 < length <= 1 << shift  # so that a row is in one block or two
         is_asked_for = False
         for start in starts.tolist():
             number = bisect_right(shard_starts, start) - 1
             low = start - shard_starts[number]
-            high = low + length
+            last = low + length - 1
             shard = mapped[number]
-            if shard is None or high > shard.num_tokens:  # first use of the shard, a row over its end, or an error
-                before = time.perf_counter()
-                rows.append(self.tokens(start, start + length))
-            elif shard.checked.find(0, low >> shift, (high - 1 >> shift) + 1) >= 0:  # first use of a block
-                before = time.perf_counter()
-                rows.append(shard.tokens_of(low, high))
-            else:
-                shard.used = True
-                rows.append(shard.tokens_view[low:high])
-                continue
+            if shard is not None and is_short and last < shard.num_tokens:
+                checked = shard.checked
+                if checked[low >> shift] and checked[last >> shift]:
+                    shard.used = True
+                    rows.append(shard.tokens_view[low : last + 1])
+                    continue
+            before = time.perf_counter()  # first use of the shard or of a block, a row over its end, or an error
+            rows.append(self.tokens(start, start + length))
             if time.perf_counter() - before > SLOW_SECONDS and not is_asked_for:
                 self._ask_for(starts, length)
                 is_asked_for = True
