@@ -165,13 +165,16 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW; biases and normalisation weights are not decayed."""
+    """Biases and normalisation weights are not decayed. docs/training.md has each type's formula and usual values."""
 
+    type: Literal["adamw", "lion", "lamb", "muon"] = "adamw"  # muon: matrices inside the blocks; the rest is adamw's
     lr: Annotated[float, Field(gt=0)] = 6e-4  # the peak
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    betas: tuple[float, float] = (0.9, 0.95)  # lion's are usually (0.9, 0.99)
+    eps: Annotated[float, Field(gt=0)] = 1e-8  # not lion
+    momentum: Rate = 0.95  # muon
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     grad_clip: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 turns clipping off
+    ema_decay: Rate | None = None  # also keep a moving average of the weights, in fp32; see `millstream export`
 
 
 class ScheduleConfig(Section):

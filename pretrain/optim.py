@@ -9,22 +9,39 @@ import torch
 from torch import nn
 
 from configs.schema import OptimizerConfig, ScheduleConfig
+from pretrain.optimizers.average import keep_average
+from pretrain.optimizers.lamb import Lamb
+from pretrain.optimizers.lion import Lion
+from pretrain.optimizers.muon import Muon
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters of `model`; the engine then puts its flat fp32 pieces in their place."""
-    groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    """The optimizer of `config` over the trained parameters of `model`; the engine puts fp32 pieces in their place."""
+    groups = parameter_groups(model, config.weight_decay, apart=config.type == "muon")
+    optimizer: torch.optim.Optimizer
+    match config.type:
+        case "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        case "lion":
+            optimizer = Lion(groups, config.lr, config.betas)
+        case "lamb":
+            optimizer = Lamb(groups, config.lr, config.betas, config.eps)
+        case "muon":
+            optimizer = Muon(groups, config.lr, config.momentum, config.betas, config.eps)
+    if config.ema_decay is not None:
+        keep_average(optimizer, config.ema_decay)
+    return optimizer
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for AdamW: matrices decay; biases and normalisation weights do not (as GPT-2, GPT-3 and BERT do).
+def parameter_groups(model: nn.Module, weight_decay: float, apart: bool = False) -> list[dict[str, Any]]:
+    """Groups for an optimizer: matrices decay; biases and normalisation weights do not (as GPT-2, GPT-3 and BERT do).
 
-    Decided by the name and the owning module, not by the number of axes: under ZeRO-3 a parameter is an empty vector.
-    A tied parameter appears once.
+    Those that do not decay have `trust` False (see lamb.py). With `apart` the matrices inside `model.blocks` are a
+    group of their own, with `orthogonalize` True (see muon.py). Decided by the name and the owning module, not by the
+    number of axes: under ZeRO-3 a parameter is an empty vector. A tied parameter appears once.
     """
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    inside = {id(parameter) for name, parameter in model.named_parameters() if apart and name.startswith("blocks.")}
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "decayed": [], "kept": []}
     seen: set[int] = set()
     for module in model.modules():
         is_norm = isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower()
@@ -32,9 +49,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
-            (kept if is_norm or name == "bias" else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            decays = not (is_norm or name == "bias")
+            groups["kept" if not decays else "matrices" if id(parameter) in inside else "decayed"].append(parameter)
+    made = [
+        {"params": groups["matrices"], "weight_decay": weight_decay, "orthogonalize": True},
+        {"params": groups["decayed"], "weight_decay": weight_decay},
+        {"params": groups["kept"], "weight_decay": 0.0, "trust": False},
+    ]
+    return [group for group in made if group["params"]]
 
 
 def learning_rate(step: int, num_steps: int, peak: float, schedule: ScheduleConfig) -> float:
