@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
@@ -142,6 +143,19 @@ def test_ranks_micro_batches_and_formats_do_not_change_the_result(folder):
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
     predictions = [[json.loads(x) for x in (r / "predictions.jsonl").open()] for r in (alone, shared)]
     assert [p["prediction"] for p in predictions[0]] == [p["prediction"] for p in predictions[1]]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_zero_stage_does_not_change_the_result(folder):
+    exact = {"precision": "fp32", "dropout": 0.0, "num_epochs": 1}
+    runs = [run(folder, f"stage-{stage}", 2, tuning=exact, zero={"stage": stage}) for stage in (3, 0, 2)]
+    curves = [[json.loads(x)["loss"] for x in (r / "seed-1/metrics.jsonl").open()] for r in runs]
+    weights = [load_file(r / "model/model.safetensors") for r in runs]
+    for curve, weight in zip(curves[1:], weights[1:], strict=True):
+        np.testing.assert_allclose(curve, curves[0], rtol=1e-5)
+        assert weight.keys() == weights[0].keys()
+        assert all(torch.allclose(weight[name], weights[0][name], atol=1e-3) for name in weight)
 
 
 @pytest.mark.distributed
