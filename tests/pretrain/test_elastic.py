@@ -73,7 +73,7 @@ class Setup:
 
 RANKS = (1, 2, 3, 4)
 MICRO_BATCH = {1: 6, 2: 3, 3: 2, 4: 3}  # ranks -> samples: two accumulation steps, but for four ranks
-BF16 = 1e-3  # relative; 2e-5 was seen
+BF16 = 1e-3  # relative; 3e-5 was seen
 WHOLE = [Setup(ranks, 3) for ranks in RANKS] + [
     *(Setup(2, stage) for stage in (0, 1, 2)),
     *(Setup(2, stage, "bf16") for stage in (1, 2, 3)),
@@ -161,7 +161,7 @@ def test_run_goes_on_in_fp32_on_other_ranks_or_at_another_stage(folder, before, 
     run, whole = run_dir(folder, before, after), run_dir(folder, before)
     assert set(curve(run)) == set(range(MIDDLE + 1, NUM_STEPS + 1))
     assert largest_difference(run, whole) < 1e-4
-    assert largest_difference(run, whole, "grad_norm") < 1e-3
+    assert largest_difference(run, whole, "grad_norm") < 1e-4
 
 
 @pytest.mark.parametrize("before,after", OTHER_BF16, ids=str)
