@@ -24,7 +24,7 @@ usage: millstream VERB CONFIG [key=value ...]
   data import FORMAT SRC OUT   a dataset of megatron or mds -> a dataset directory (tokenizer=DIR)
   data export arrow DIR OUT    a dataset directory -> one that `datasets` loads
   pretrain CONFIG              train; goes on from the newest checkpoint of run_dir
-  export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, output=DIR)
+  export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, weights=ema, output=DIR)
   finetune CONFIG              an exported directory -> a classifier
   config CONFIG [key ...]      effective values and where each comes from; --deepspeed: the generated JSON
 

@@ -1,4 +1,4 @@
-"""A checkpoint -> a Hugging Face directory: `millstream export RUN_DIR [step=N] [output=DIR]`.
+"""A checkpoint -> a Hugging Face directory: `millstream export RUN_DIR [step=N] [weights=ema] [output=DIR]`.
 
 Parameters are read from the checkpoint one at a time and written in safetensors files of bounded size, so the weights
 of a model of any size pass through the host's memory only. Then the directory is loaded by transformers and its logits
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # started as a file: the packages lie beside this folder, not in it
@@ -31,6 +32,8 @@ from pretrain.models.bert import Bert
 from pretrain.models.gpt import GPT
 from pretrain.report import write_report
 
+Weight = Callable[[str], torch.Tensor]  # parameter -> the whole of it, fp32
+KEYS = {"last": "master", "ema": "ema"}  # what is exported -> what checkpoints call it
 SHARD_BYTES = 4 << 30
 TOLERANCE = 1e-4  # of the largest logit: fp32 on both sides, so only the order of additions differs
 GENERATE_TOKENS = 120
@@ -51,7 +54,10 @@ def run(words: list[str]) -> int:
     config = load_pretrain(run_dir / "config.yaml")
     found = choose_checkpoint(run_dir, options.get("step"))
     output = Path(options.get("output", run_dir / "export"))
-    parity = export(config, found, run_dir, output)
+    which = options.get("weights", "last")
+    if which == "ema" and config.train.optimizer.ema_decay is None:
+        raise ConfigError(f"weights=ema: {run_dir} kept no average; train with train.optimizer.ema_decay")
+    parity = export(config, found, run_dir, output, which)
     samples = generate(output) if config.model.architecture == "gpt" else []
     if samples:
         (run_dir / "samples.json").write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
@@ -63,13 +69,15 @@ def run(words: list[str]) -> int:
 
 
 def parse(words: list[str]) -> tuple[Path, dict[str, str]]:
-    """`RUN_DIR [step=N] [output=DIR]` -> the run directory and the options. Raises ConfigError."""
-    usage = "usage: millstream export RUN_DIR [step=N] [output=DIR]"
+    """`RUN_DIR [step=N] [weights=ema] [output=DIR]` -> the run directory and the options. Raises ConfigError."""
+    usage = "usage: millstream export RUN_DIR [step=N] [weights=last|ema] [output=DIR]"
     if not words or "=" in words[0]:
         raise ConfigError(usage)
     options = dict(word.partition("=")[::2] for word in words[1:])
-    if unknown := set(options) - {"step", "output"}:
+    if unknown := set(options) - {"step", "output", "weights"}:
         raise ConfigError(f"unknown option {sorted(unknown)}; {usage}")
+    if options.get("weights", "last") not in KEYS:
+        raise ConfigError(f"weights={options['weights']}: is neither last nor ema; {usage}")
     run_dir = Path(words[0])
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: is not a run directory (no config.yaml)")
@@ -85,8 +93,8 @@ def choose_checkpoint(run_dir: Path, step: str | None) -> Checkpoint:
     return found
 
 
-def export(config: PretrainConfig, found: Checkpoint, run_dir: Path, output: Path) -> float:
-    """Write `output` and return the largest absolute logit difference.
+def export(config: PretrainConfig, found: Checkpoint, run_dir: Path, output: Path, which: str = "last") -> float:
+    """Write `output` and return the largest absolute logit difference; `which` weights: "last" or "ema", the average.
 
     Raises CheckpointError if the reloaded model's logits differ by more than TOLERANCE times the largest logit; what
     stood at `output` before is kept then.
@@ -95,13 +103,14 @@ def export(config: PretrainConfig, found: Checkpoint, run_dir: Path, output: Pat
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(run_dir / "tokenizer", aside)
     tokenizer = AutoTokenizer.from_pretrained(aside)
-    model = load_model(config, found, len(tokenizer))
+    weight = checkpoint.weights(found, KEYS[which])
+    model = load_model(config, weight, len(tokenizer))
     (aside / "config.json").write_text(json.dumps(hf.hf_config(model.shape, tokenizer.eos_token_id), indent=2))
-    write_weights(found, config.model.architecture, aside)
+    write_weights(found, weight, config.model.architecture, aside)
     difference, largest = compare_logits(model, aside, len(tokenizer), config.train.longest_seq_len)
     if config.model.architecture == "bert":
-        write_encoder(found, aside, run_dir / "tokenizer")
-    (aside / "README.md").write_text(model_card(config, found, run_dir, model), encoding="utf-8")
+        write_encoder(found, weight, aside, run_dir / "tokenizer")
+    (aside / "README.md").write_text(model_card(config, found, run_dir, model, which), encoding="utf-8")
     parity = {"max_abs_logit_difference": difference, "max_abs_logit": largest, "tolerance": TOLERANCE * largest}
     (aside / "parity.json").write_text(json.dumps(parity, indent=2), encoding="utf-8")
     if not difference <= TOLERANCE * largest:
@@ -115,17 +124,16 @@ def export(config: PretrainConfig, found: Checkpoint, run_dir: Path, output: Pat
     return difference
 
 
-def load_model(config: PretrainConfig, found: Checkpoint, vocab_size: int) -> GPT | Bert:
+def load_model(config: PretrainConfig, weight: Weight, vocab_size: int) -> GPT | Bert:
     """The training model in fp32 on the CPU, filled from the checkpoint."""
     model = build_model(config.model, vocab_size, config.train.longest_seq_len)
-    weight = checkpoint.weights(found)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weight(name))
     return model.eval()
 
 
-def write_encoder(found: Checkpoint, directory: Path, tokenizer_dir: Path) -> None:
+def write_encoder(found: Checkpoint, weight: Weight, directory: Path, tokenizer_dir: Path) -> None:
     """Write `encoder/`: BERT without its pretraining heads.
 
     A classifier that transformers loads from the whole model reports the pretraining heads as unexpected; from here it
@@ -135,10 +143,10 @@ def write_encoder(found: Checkpoint, directory: Path, tokenizer_dir: Path) -> No
     shutil.copytree(tokenizer_dir, encoder)
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     (encoder / "config.json").write_text(json.dumps(settings | {"architectures": ["BertModel"]}, indent=2))
-    write_weights(found, "bert", encoder, heads=False)
+    write_weights(found, weight, "bert", encoder, heads=False)
 
 
-def write_weights(found: Checkpoint, architecture: str, directory: Path, heads: bool = True) -> None:
+def write_weights(found: Checkpoint, weight: Weight, architecture: str, directory: Path, heads: bool = True) -> None:
     """Write the parameters under transformers' names into safetensors files of at most SHARD_BYTES each.
 
     Without `heads`, BERT's pretraining heads (cls.*) are left out.
@@ -153,7 +161,6 @@ def write_weights(found: Checkpoint, architecture: str, directory: Path, heads: 
         weight_map.update(dict.fromkeys(shards[-1], name))
         shards[-1] = {}
 
-    weight = checkpoint.weights(found)
     for ours in found.shapes:
         for name, tensor in hf.to_hf(architecture, ours, weight(ours)):
             if name.startswith("cls.") and not heads:
@@ -185,7 +192,7 @@ A {architecture} pretrained with millstream: {shape}.
 | | |
 | --- | --- |
 | steps | {step:,} of {num_steps:,} |
-| tokens seen | {tokens:,} |
+{average}| tokens seen | {tokens:,} |
 | sequence length | {seq_len} |
 | global batch | {batch} samples |
 | peak learning rate | {lr:g}, {schedule} |
@@ -201,7 +208,7 @@ transformers.
 """
 
 
-def model_card(config: PretrainConfig, found: Checkpoint, run_dir: Path, model: GPT | Bert) -> str:
+def model_card(config: PretrainConfig, found: Checkpoint, run_dir: Path, model: GPT | Bert, which: str) -> str:
     """The README.md of an export: what was trained on what, how far, and what it reached there."""
     train, is_gpt = config.train, config.model.architecture == "gpt"
     metrics = read_metrics(run_dir)
@@ -221,6 +228,10 @@ def model_card(config: PretrainConfig, found: Checkpoint, run_dir: Path, model: 
         f"{shape.vocab_size:,}, {sum(p.numel() for p in model.parameters()):,} parameters",
         step=found.step,
         num_steps=train.num_steps,
+        average=f"| weights | their moving average, decay {train.optimizer.ema_decay}; losses below are those of the "
+        "last weights |\n"
+        if which == "ema"
+        else "",
         tokens=tokens_before(train, found.step),
         seq_len=train.longest_seq_len,
         batch=train.global_batch_size,

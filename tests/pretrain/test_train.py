@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from data_pipeline.shards import read_manifest, write_manifest
+from pretrain import checkpoint
 from tests.ranks import ROOT, finish, kill_when, run_ranks, start_ranks
 
 pytestmark = pytest.mark.distributed
@@ -315,3 +318,21 @@ def test_export_loads_in_transformers_with_the_trained_logits(config, undisturbe
     assert "| steps | 8 of 8 |" in card and "perplexity" in card
     assert set(info["missing_keys"]) == new_head
     assert not info["unexpected_keys"]
+
+
+def test_run_with_another_optimizer_and_an_average_goes_on_bitwise_and_exports_the_average(config):
+    settings = ["train.optimizer={type: muon, lr: 1.0e-2, ema_decay: 0.5}", "train.num_steps=6"]
+    whole = pretrain(config, "averaged", 2, *settings)
+    resumed = config.parent / "averaged-resumed"
+    shutil.copytree(whole / "checkpoints/step-00000003", resumed / "checkpoints/step-00000003")
+    pretrain(config, resumed.name, 2, *settings)
+    assert losses(resumed) == losses(whole)[3:]
+    last = checkpoint.open_checkpoint(resumed / "checkpoints/step-00000006")
+    run_ranks(1, ["-m", "pretrain.export", str(resumed), "weights=ema"], config.parent / "averaged-logs")
+    exported = load_file(resumed / "export/model.safetensors")
+    name, exported_name = (
+        "position_embeddings.weight",
+        next(key for key in exported if "wpe" in key or "position" in key),
+    )
+    assert torch.equal(exported[exported_name], checkpoint.weights(last, "ema")(name))
+    assert not torch.equal(exported[exported_name], checkpoint.weights(last)(name))
