@@ -218,6 +218,8 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every_steps: PositiveInt = 500
     keep_last: PositiveInt = 3
+    keep_every_steps: PositiveInt | None = None  # those of steps that are multiples of it are never removed
+    keep_best: Annotated[int, Field(ge=0)] = 0  # so many with the lowest eval_loss stay too
 
 
 class LogConfig(Section):

@@ -1,10 +1,11 @@
 """Checkpoints that are whole or do not exist, and that any number of ranks can read.
 
 A checkpoint is a directory `step-00000100/` with one safetensors file per rank (its piece of every parameter and of
-the two Adam moments, flat fp32) and `manifest.json`: sizes and xxh3 hashes of the files, where each piece belongs, the
-run's `TrainState` and the facts the run depends on. All of it is written into a hidden directory, flushed to disk, and
-renamed at the end by rank 0, so a crash at any moment leaves the earlier checkpoints and at most a hidden leftover. No
-pickle is involved.
+the optimizer's state, flat fp32) and `manifest.json`: sizes and xxh3 hashes of the files, where each piece belongs and
+which tensors it has, the run's `TrainState`, the facts the run depends on, and in its last line a checksum of all lines
+before it, so no byte of a checkpoint is used unchecked. All of it is written into a hidden directory, flushed to disk,
+and renamed at the end by rank 0, so a crash at any moment leaves the earlier checkpoints and at most a hidden leftover.
+No pickle is involved.
 
 Why not DeepSpeed's own files: they are pickles, they hold one opaque buffer per rank, and another number of ranks needs
 an offline conversion. Here a rank that loads reads the slices it owns out of whatever pieces there are.
@@ -13,6 +14,7 @@ an offline conversion. Here a rank that loads reads the slices it owns out of wh
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -26,10 +28,11 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from configs.schema import CheckpointConfig
 from pretrain.runtime import Runtime
 from pretrain.state import TrainState
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Checkpoint:
     path: Path
     state: TrainState
     facts: dict[str, Any]
-    pieces: dict[str, list[dict[str, Any]]]  # parameter -> [{file, start, length}, ...] in order of start
+    pieces: dict[str, list[dict[str, Any]]]  # parameter -> [{file, start, length, keys}, ...] in order of start
     shapes: dict[str, tuple[int, ...]]
 
     @property
@@ -121,9 +124,7 @@ def open_checkpoint(path: Path, runtime: Runtime | None = None) -> Checkpoint:
 def _check(path: Path, rank: int, world_size: int) -> Checkpoint:
     """The checkpoint, after this rank has looked at all sizes and at the hash of every `world_size`-th file."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {manifest['format']} is not the {FORMAT} this version reads")
+        manifest = _read_manifest(path)
         for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
             _check_size(path / name, expected)
             if number % world_size == rank:
@@ -133,6 +134,25 @@ def _check(path: Path, rank: int, world_size: int) -> Checkpoint:
         return Checkpoint(path, TrainState.from_json(manifest["state"]), manifest["facts"], pieces, shapes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: manifest.json cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path`, every byte of it checked.
+
+    Raises CheckpointError, and OSError, ValueError, KeyError or TypeError for what is no manifest at all.
+    """
+    content = (path / "manifest.json").read_bytes()
+    manifest: dict[str, Any] = json.loads(content)
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {manifest['format']} is not the {FORMAT} this version reads")
+    text = content[: content.rfind(b",")]
+    if content != text + _last_line(text):
+        raise CheckpointError(f"{path}: manifest.json is damaged or was edited (its checksum does not fit)")
+    return manifest
+
+
+def _last_line(text: bytes) -> bytes:
+    return f',\n"checksum": "{xxhash.xxh3_128_hexdigest(text)}"\n}}\n'.encode()
 
 
 def check_facts(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
@@ -172,7 +192,6 @@ def _described(shape: tuple[int, ...] | None) -> str:
 def reader(checkpoint: Checkpoint) -> Callable[[str, str, int, int], torch.Tensor]:
     """A function (parameter, "master" or a state's key, start, length) -> flat fp32 tensor, from the pieces on disk."""
     files = {name: safe_open(checkpoint.path / name, framework="pt") for name in _file_names(checkpoint)}
-    tensors = {name: frozenset(file.keys()) for name, file in files.items()}
 
     def read(parameter: str, key: str, start: int, length: int) -> torch.Tensor:
         if parameter not in checkpoint.pieces:
@@ -184,7 +203,7 @@ def reader(checkpoint: Checkpoint) -> Callable[[str, str, int, int], torch.Tenso
         for piece in checkpoint.pieces[parameter]:
             low, high = max(start, piece["start"]), min(start + length, piece["start"] + piece["length"])
             if low < high:
-                if f"{key}/{parameter}" not in tensors[piece["file"]]:
+                if key not in piece["keys"]:
                     raise CheckpointError(
                         f"{checkpoint.path}: has no `{key}` of parameter `{parameter}`, which the optimizer keeps: "
                         f"train.optimizer is not what it was written with. Restore it, or start a new run_dir"
@@ -196,28 +215,61 @@ def reader(checkpoint: Checkpoint) -> Callable[[str, str, int, int], torch.Tenso
     return read
 
 
-def weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
-    """A function parameter -> its whole fp32 tensor; only that parameter is in memory."""
+def weights(checkpoint: Checkpoint, key: str = "master") -> Callable[[str], torch.Tensor]:
+    """A function parameter -> its whole fp32 tensor, or its average with key "ema"; only that one is in memory."""
     read = reader(checkpoint)
 
     def weight(parameter: str) -> torch.Tensor:
         shape = checkpoint.shapes[parameter]
-        return read(parameter, "master", 0, torch.Size(shape).numel()).view(shape)
+        return read(parameter, key, 0, torch.Size(shape).numel()).view(shape)
 
     return weight
 
 
-def remove_old(run_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` finished checkpoints, and leftovers of interrupted saves."""
-    for path in _step_directories(run_dir)[:-keep_last]:
-        shutil.rmtree(path)
-    for leftover in (run_dir / "checkpoints").glob(".writing-*"):
-        shutil.rmtree(leftover)
+def remove_old(run_dir: Path, newest: int, config: CheckpointConfig) -> None:
+    """Remove the checkpoints before step `newest`, which was just written, that `config` does not keep.
+
+    Those of later steps stay: they were found damaged when the run went on from an earlier one.
+    """
+    paths = {step: path for path in _step_directories(run_dir) if (step := _step_of(path)) <= newest}
+    losses = {step: _eval_loss(path) for step, path in paths.items()} if config.keep_best else {}
+    for step in paths.keys() - kept(list(paths), losses, config):
+        aside = paths[step].with_name(f".removing-{paths[step].name}")
+        paths[step].rename(aside)  # first, or a crash would leave half of it under its name
+        shutil.rmtree(aside)
+
+
+def kept(steps: list[int], losses: dict[int, float | None], config: CheckpointConfig) -> set[int]:
+    """Which of `steps` stay: the newest, every so many, and the best by their evaluation; of equals the earlier."""
+    newest = sorted(steps)[-config.keep_last :]
+    regular = [step for step in steps if config.keep_every_steps and step % config.keep_every_steps == 0]
+    ranked = sorted((loss, step) for step, loss in losses.items() if loss is not None and not math.isnan(loss))
+    return {*newest, *regular, *(step for _, step in ranked[: config.keep_best])}
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what saves and removals that were interrupted have left; only while no rank saves."""
+    for pattern in (".writing-*", ".removing-*"):
+        for leftover in (run_dir / "checkpoints").glob(pattern):
+            shutil.rmtree(leftover)
+
+
+def _eval_loss(path: Path) -> float | None:
+    """Of the newest evaluation before it was saved; None if there was none or if it is damaged."""
+    try:
+        loss: float | None = _read_manifest(path)["state"]["eval_loss"]
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return loss
 
 
 def _step_directories(run_dir: Path) -> list[Path]:
     found = (run_dir / "checkpoints").glob("step-*")
     return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _file_names(checkpoint: Checkpoint) -> set[str]:
@@ -226,7 +278,10 @@ def _file_names(checkpoint: Checkpoint) -> set[str]:
 
 def _write_pieces(path: Path, pieces: list[Fragment]) -> None:
     tensors = {f"{key}/{p.name}": t.cpu().contiguous() for p in pieces for key, t in p.tensors.items() if t.numel()}
-    layout = {p.name: {"shape": p.shape, "start": p.start, "length": p.tensors["master"].numel()} for p in pieces}
+    layout = {
+        p.name: {"shape": p.shape, "start": p.start, "length": p.tensors["master"].numel(), "keys": list(p.tensors)}
+        for p in pieces
+    }
     save_file(tensors, path, metadata={"layout": json.dumps(layout)})
     _flush(path)
 
@@ -242,10 +297,11 @@ def _finish(aside: Path, target: Path, state: TrainState, world_size: int, facts
         for parameter, piece in layout.items():
             entry = parameters.setdefault(parameter, {"shape": piece["shape"], "pieces": []})
             if piece["length"]:
-                entry["pieces"].append({"file": name, "start": piece["start"], "length": piece["length"]})
+                entry["pieces"].append({"file": name} | {key: piece[key] for key in ("start", "length", "keys")})
     about = {"format": FORMAT, "state": state.to_json(), "facts": facts}
     manifest = {**about, "files": files, "parameters": parameters}
-    (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    text = json.dumps(manifest).removesuffix("}").encode()
+    (aside / "manifest.json").write_bytes(text + _last_line(text))
     _flush(aside / "manifest.json")
     if target.exists():  # the same step once more, after a resume from an earlier one: the new one replaces it
         shutil.rmtree(target)

@@ -16,6 +16,7 @@ class TrainState:
     step: int = 0  # steps made: the number of the next one
     updates: int = 0  # steps whose update was applied; the optimizer's bias correction counts these
     seconds: float = 0.0  # spent in training, over all resumes
+    eval_loss: float | None = None  # of the newest evaluation; checkpoint.keep_best goes by it
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainState:

@@ -64,7 +64,8 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
     stop = StopRequest()
     with open_metrics(run_dir, state.step, config.train.num_steps, config.log, ranks.is_first) as metrics:
         if state.step == 0:
-            metrics.log(evaluate(config, model, validation, state.step, ranks))
+            metrics.log(evaluated := evaluate(config, model, validation, state.step, ranks))
+            state = replace(state, eval_loss=evaluated["eval_loss"])
         while state.step < config.train.num_steps:
             line = train_step(config, model, data, state.step, ranks)
             metrics.log(line)
@@ -72,7 +73,8 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
             state = replace(state, step=state.step + 1, updates=state.updates + 1, seconds=seconds)
             last = state.step == config.train.num_steps or stop.on_any_rank(ranks)
             if last or state.step % config.eval.every_steps == 0:
-                metrics.log(evaluate(config, model, validation, state.step, ranks))
+                metrics.log(evaluated := evaluate(config, model, validation, state.step, ranks))
+                state = replace(state, eval_loss=evaluated["eval_loss"])
             if last or state.step % config.checkpoint.every_steps == 0:
                 save(config, model, data, state, run_dir, ranks)
             if last:
@@ -207,7 +209,8 @@ def save(config: PretrainConfig, model: Any, data: Stream, state: TrainState, ru
     ranks.mark("save", state.step)
     checkpoint.save(run_dir, state, engine.fragments(model), data.facts(state.step), ranks)
     if ranks.is_first:
-        checkpoint.remove_old(run_dir, config.checkpoint.keep_last)
+        checkpoint.remove_old(run_dir, state.step, config.checkpoint)
+        checkpoint.remove_leftovers(run_dir)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from configs.schema import CheckpointConfig
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, Fragment
 from pretrain.state import TrainState
@@ -32,8 +34,9 @@ def pieces(size: int = 10, value: float = 0.0) -> list[Fragment]:
     return [Fragment("w", (size,), 0, {"master": numbers, "exp_avg": numbers * 2, "exp_avg_sq": numbers * 3})]
 
 
-def save(run_dir: Path, step: int, **more) -> Path:
-    return checkpoint.save(run_dir, TrainState(step, step), pieces(**more), {"seed": 1}, Alone())
+def save(run_dir: Path, step: int, eval_loss: float | None = None, **more) -> Path:
+    state = TrainState(step, step, eval_loss=eval_loss)
+    return checkpoint.save(run_dir, state, pieces(**more), {"seed": 1}, Alone())
 
 
 def test_any_slice_of_any_tensor_reads_back(tmp_path):
@@ -44,12 +47,63 @@ def test_any_slice_of_any_tensor_reads_back(tmp_path):
         read("v", "master", 0, 1)
 
 
+def steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").iterdir())
+
+
 def test_newest_valid_is_found_and_old_ones_are_removed(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
     assert checkpoint.newest_valid(tmp_path).step == 3
-    checkpoint.remove_old(tmp_path, 2)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+    checkpoint.remove_old(tmp_path, 3, CheckpointConfig(keep_last=2))
+    assert steps(tmp_path) == [2, 3]
+
+
+def test_multiples_and_the_best_stay_beside_the_newest(tmp_path):
+    for step, loss in enumerate([5.0, 2.0, 3.0, 2.5, None, float("nan"), 4.0, 4.0], 1):
+        save(tmp_path, step, eval_loss=loss)
+    checkpoint.remove_old(tmp_path, 8, CheckpointConfig(keep_last=1, keep_every_steps=5, keep_best=2))
+    assert steps(tmp_path) == [2, 4, 5, 8]
+
+
+def test_of_checkpoints_with_the_same_evaluation_the_one_next_to_it_is_the_best():
+    assert checkpoint.kept([6, 9, 12], {6: 2.0, 9: 2.0, 12: 3.0}, CheckpointConfig(keep_last=1, keep_best=1)) == {6, 12}
+
+
+def test_damaged_checkpoint_of_a_later_step_does_not_count_as_the_newest(tmp_path):
+    for step in (1, 2, 9):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints/step-00000009/manifest.json").write_text("{}")
+    checkpoint.remove_old(tmp_path, 2, CheckpointConfig(keep_last=1))
+    assert steps(tmp_path) == [2, 9]
+    assert checkpoint.newest_valid(tmp_path, lambda text: None).step == 2
+
+
+def test_any_flipped_bit_of_any_file_is_detected(tmp_path):
+    path = save(tmp_path, 1)
+    rng = random.Random(0)
+    for file in path.iterdir():
+        content = file.read_bytes()
+        for bit in {0, 8 * len(content) - 1, *(rng.randrange(8 * len(content)) for _ in range(500))}:
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(flipped)
+            with pytest.raises(CheckpointError, match="step-00000001"):
+                checkpoint.open_checkpoint(path)
+        file.write_bytes(content)
+    assert checkpoint.open_checkpoint(path).step == 1
+
+
+def test_edited_manifest_is_named(tmp_path):
+    manifest = save(tmp_path, 1) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed": 1', '"seed": 2'))
+    with pytest.raises(CheckpointError, match=r"manifest.json is damaged or was edited \(its checksum does not fit\)"):
+        checkpoint.open_checkpoint(manifest.parent)
+
+
+def test_manifest_says_which_tensors_there_are(tmp_path):
+    (piece,) = checkpoint.open_checkpoint(save(tmp_path, 1)).pieces["w"]
+    assert piece["keys"] == ["master", "exp_avg", "exp_avg_sq"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "alter", "remove", "manifest", "no manifest"])
@@ -79,7 +133,7 @@ def test_directory_left_by_a_crash_is_no_checkpoint_and_is_cleared_later(tmp_pat
     leftover = tmp_path / "checkpoints/.writing-step-00000002"
     leftover.mkdir()
     assert checkpoint.newest_valid(tmp_path).step == 1
-    checkpoint.remove_old(tmp_path, 3)
+    checkpoint.remove_leftovers(tmp_path)
     assert not leftover.exists()
 
 
@@ -87,7 +141,7 @@ def test_checkpoint_of_a_later_format_is_refused(tmp_path):
     path = save(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99 is not the 2 this version reads"):
+    with pytest.raises(CheckpointError, match="format 99 is not the 3 this version reads"):
         checkpoint.open_checkpoint(path)
 
 
