@@ -200,6 +200,8 @@ class TrainConfig(Section):
     global_batch_size: PositiveInt = 64  # in samples, over all ranks and accumulation steps
     micro_batch_size: PositiveInt = 8  # in samples, on one rank at once
     precision: Literal["bf16", "fp32"] = "bf16"
+    label_smoothing: Rate = 0.0  # of the tokens' targets: this share of each goes to the whole vocabulary
+    z_loss: Annotated[float, Field(ge=0)] = 0.0  # coefficient of log^2 Z of the tokens (PaLM: 1e-4)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     seed: Annotated[int, Field(ge=0)] = 1234

@@ -30,7 +30,7 @@ from pretrain import checkpoint, engine, runtime
 from pretrain.checkpoint import CheckpointError
 from pretrain.metrics import open_metrics
 from pretrain.models import build_model
-from pretrain.objective import count_targets, global_mean
+from pretrain.objective import count_targets, global_mean, mean_losses
 from pretrain.optim import learning_rate
 from pretrain.report import write_report
 from pretrain.runtime import Runtime, StopRequest
@@ -105,15 +105,15 @@ def train_step(config: PretrainConfig, model: Any, data: Stream, step: int, rank
     batches = [data.expand(runtime.to_device(batch, ranks.device)) for batch in made]
     ranks.mark("reduce", step)
     counts = sum_over_ranks(count_targets(batches), ranks)
-    totals = dict.fromkeys(counts, 0.0)
+    totals: dict[str, Any] = {}
     for batch in batches:
         ranks.mark("forward", step)
-        sums = model(**batch)
+        sums = model(**batch, label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss)
         ranks.mark("backward", step)
         engine.backward(model, global_mean(sums, counts))
         ranks.mark("step", step)
         model.step()  # clips and updates after the last of the micro batches, only counts before
-        totals = {name: total + sums[name].detach() for name, total in totals.items()}
+        totals = {name: totals.get(name, 0.0) + loss.detach() for name, loss in sums.items()}
     ranks.mark("reduce", step)
     losses = mean_losses(sum_over_ranks(totals, ranks), counts)
 
@@ -157,13 +157,6 @@ def sum_over_ranks(values: dict[str, Any], ranks: Runtime) -> dict[str, float]:
     """Sum each entry over all ranks, in fp64."""
     totals = ranks.sum(torch.tensor([float(value) for value in values.values()], dtype=torch.float64))
     return dict(zip(values, totals.tolist(), strict=True))
-
-
-def mean_losses(totals: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-    """`loss`, the sum of the objectives' means, and with several objectives each one's mean as `loss_NAME`."""
-    means = {name: totals[name] / max(counts[name], 1) for name in totals}
-    parts = {f"loss_{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
-    return {"loss": sum(means.values()), **parts}
 
 
 def prepare_run_dir(config: PretrainConfig, data: Stream, ranks: Runtime) -> Path:

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.kernels.attention import sequence_blocks
-from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX
 from pretrain.models.layers import MLP, Attention, Bias, Embedding, Linear, Visible, attention_mask
+from pretrain.objective import token_losses
 
 NORM_EPS = 1e-12
 PADDING_ID = 0  # of [PAD], in the published vocabularies and in those trained here
@@ -94,12 +95,15 @@ class Bert(nn.Module):
         labels: torch.Tensor | None = None,
         next_sentence_label: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor] | dict[str, torch.Tensor]:
         """Inputs are (batch, seq), int64 (segment_ids: int32); next_sentence_label is (batch,), 0 is "next".
 
         Without labels: MLM logits (batch, seq, vocab) and NSP logits (batch, 2). With labels (-100 is no target):
-        {"mlm": sum of cross entropies over the targets, "nsp": the same over next_sentence_label}, fp32 scalars. Only
-        the masked positions, about 15 %, go through the MLM head.
+        {"mlm": sum of cross entropies over the targets, "nsp": the same over next_sentence_label}, fp32 scalars, and
+        with label_smoothing or z_loss, which are of the tokens, what `objective` lists. Only the masked positions,
+        about 15 %, go through the MLM head.
 
         With cu_seqlens (batch + 1,) int32 the inputs are (1, total), samples of any lengths one after the other: sample
         i is [cu_seqlens[i], cu_seqlens[i + 1]), sees only itself, and position_ids restart with it.
@@ -113,7 +117,7 @@ class Bert(nn.Module):
         targets = labels.flatten() != IGNORE_INDEX
         hidden = self.mlm_hidden(x.flatten(0, 1)[targets])
         weight, bias = self.word_embeddings.weight, self.mlm_output.bias
-        losses = {"mlm": linear_cross_entropy(hidden, weight, bias, labels.flatten()[targets])}
+        losses = token_losses("mlm", hidden, weight, bias, labels.flatten()[targets], label_smoothing, z_loss)
         if next_sentence_label is not None:
             logits = self.nsp_output(pooled).float()
             losses["nsp"] = F.cross_entropy(logits, next_sentence_label, reduction="sum", ignore_index=IGNORE_INDEX)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.kernels.linear_cross_entropy import linear_cross_entropy
 from pretrain.models.layers import MLP, Attention, Embedding, attention_mask
+from pretrain.objective import token_losses
 
 INIT_STD = 0.02
 
@@ -93,11 +93,13 @@ class GPT(nn.Module):
         segment_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """All inputs are (batch, seq), int64 (segment_ids: int32).
 
         Without labels: logits, (batch, seq, vocab). With labels (already shifted; -100 is no target): {"clm": sum of
-        the cross entropies over the targets, fp32 scalar}.
+        the cross entropies over the targets, fp32 scalar}, and with label_smoothing or z_loss what `objective` lists.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -111,4 +113,5 @@ class GPT(nn.Module):
         x = self.final_norm(x)
         if labels is None:
             return x @ self.word_embeddings.weight.t()
-        return {"clm": linear_cross_entropy(x.flatten(0, 1), self.word_embeddings.weight, None, labels.flatten())}
+        weight = self.word_embeddings.weight
+        return token_losses("clm", x.flatten(0, 1), weight, None, labels.flatten(), label_smoothing, z_loss)
