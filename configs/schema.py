@@ -29,6 +29,13 @@ class TokenizerConfig(Section):
     lowercase: bool = False  # wordpiece only: lower-case and strip accents, as bert-base-uncased does
     path: str | None = None  # folder of vocab.json+merges.txt, vocab.txt, spiece.model or tokenizer.json
     sample_bytes: PositiveInt = 30_000_000  # text the training reads, at most; it takes 20 times the memory
+    fim_tokens: bool = False  # also <|fim_prefix|>, <|fim_middle|>, <|fim_suffix|>, for data.fim
+
+    @model_validator(mode="after")
+    def _fim_is_not_for_bert(self) -> TokenizerConfig:
+        if self.fim_tokens and self.type == "wordpiece":
+            raise ValueError("fim_tokens=true is for GPT's tokenizers; wordpiece is BERT's, which masks words instead")
+        return self
 
 
 class CleanConfig(Section):
@@ -86,6 +93,13 @@ class MaskingConfig(Section):
     short_probability: Rate = 0.0  # share of samples cut to a random shorter length (Devlin et al.: 0.1)
 
 
+class FimConfig(Section):
+    """Fill in the middle (Bavarian et al. 2022): documents whose middle is moved to their end; see fim.py."""
+
+    probability: Fraction = 0.0  # share of the documents of a row; the paper's models: 0.5
+    spm_share: Fraction = 0.5  # of those: suffix before prefix; the others prefix, suffix, middle
+
+
 class MixtureSource(Section):
     """One dataset of a mixture; exactly one of weight and epochs is given, the same one in all sources."""
 
@@ -119,6 +133,7 @@ class DataConfig(Section):
     packing: Literal["concatenate", "best_fit"] = "concatenate"  # gpt: cut anywhere, or keep documents whole and pad
     shuffle_window_tokens: PositiveInt | None = None  # none: over everything; else shards stay together, see order.py
     masking: MaskingConfig = MaskingConfig()  # used by architecture bert
+    fim: FimConfig = FimConfig()  # gpt, training only: the held-out loss is always of text as it is
     unpad: bool = False  # bert: batches without padding, the samples one after the other
     cache: CacheConfig = CacheConfig()
     num_workers: Annotated[int, Field(ge=0)] = 0  # processes that make batches ahead; 0: a thread
@@ -222,6 +237,7 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 3
     keep_every_steps: PositiveInt | None = None  # those of steps that are multiples of it are never removed
     keep_best: Annotated[int, Field(ge=0)] = 0  # so many with the lowest eval_loss stay too
+    background: bool = True  # written while the run goes on, from a copy in host memory; see docs/resuming.md
 
 
 class LogConfig(Section):
@@ -280,6 +296,11 @@ class PretrainConfig(Section):
         if self.data.packing == "best_fit" and model.architecture == "bert":
             raise ValueError(
                 "data.packing=best_fit is for model.architecture=gpt; BERT's rows are cut at sentence ends"
+            )
+        if self.data.fim.probability and model.architecture == "bert":
+            raise ValueError(
+                f"data.fim.probability={self.data.fim.probability} is for model.architecture=gpt; BERT fills in with "
+                f"data.masking"
             )
         window = self.data.shuffle_window_tokens
         if window is not None and window < train.longest_seq_len:
