@@ -172,14 +172,17 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
 def save(folder: Path, layers: int) -> None:
     import torch
 
+    from configs.schema import CheckpointConfig
     from pretrain import checkpoint, engine
+    from pretrain.saver import open_saver
     from pretrain.state import TrainState
 
     model, ranks = start(layers)
     ids = torch.randint(VOCAB, (1, CONTEXT + 1))
     engine.backward(model, model(input_ids=ids[:, :-1], labels=ids[:, 1:])["clm"] / (2 * CONTEXT))
     model.step()
-    checkpoint.save(folder, TrainState(1, 1), engine.fragments(model), {}, ranks)
+    with open_saver(folder, CheckpointConfig(), ranks) as saver:
+        saver.save(TrainState(1, 1), engine.fragments(model), {})
     model.save_checkpoint(str(folder / "deepspeed"), tag="step")
     if ranks.is_first:
         found = checkpoint.open_checkpoint(folder / "checkpoints/step-00000001")

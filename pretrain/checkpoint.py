@@ -4,8 +4,8 @@ A checkpoint is a directory `step-00000100/` with one safetensors file per rank 
 the optimizer's state, flat fp32) and `manifest.json`: sizes and xxh3 hashes of the files, where each piece belongs and
 which tensors it has, the run's `TrainState`, the facts the run depends on, and in its last line a checksum of all lines
 before it, so no byte of a checkpoint is used unchecked. All of it is written into a hidden directory, flushed to disk,
-and renamed at the end by rank 0, so a crash at any moment leaves the earlier checkpoints and at most a hidden leftover.
-No pickle is involved.
+and renamed at the end by rank 0 (see `saver`), so a crash at any moment leaves the earlier checkpoints and at most a
+hidden leftover. No pickle is involved.
 
 Why not DeepSpeed's own files: they are pickles, they hold one opaque buffer per rank, and another number of ranks needs
 an offline conversion. Here a rank that loads reads the slices it owns out of whatever pieces there are.
@@ -18,7 +18,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from configs.schema import CheckpointConfig
 from pretrain.runtime import Runtime
@@ -60,28 +59,6 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return self.state.step
-
-
-def save(run_dir: Path, state: TrainState, pieces: Iterable[Fragment], facts: dict[str, Any], runtime: Runtime) -> Path:
-    """Write the checkpoint of `state`; every rank calls it and returns only when all of it is safe on disk.
-
-    Raises CheckpointError on every rank if any rank cannot write; the half-written directory is removed then, and every
-    earlier checkpoint is untouched.
-    """
-    root = run_dir / "checkpoints"
-    target, aside = root / f"step-{state.step:08d}", root / f".writing-step-{state.step:08d}"
-    if runtime.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        _attempt(lambda: aside.mkdir(parents=True))  # a failure here shows again, with its reason, in the next line
-    runtime.barrier()
-    name = f"rank-{runtime.rank:05d}.safetensors"
-    _agree(runtime, _attempt(lambda: _write_pieces(aside / name, list(pieces))), aside)
-    if runtime.is_first:
-        problem = _attempt(lambda: _finish(aside, target, state, runtime.world_size, facts))
-    else:
-        problem = None
-    _agree(runtime, problem, aside)
-    return target
 
 
 def newest_valid(
@@ -226,6 +203,41 @@ def weights(checkpoint: Checkpoint, key: str = "master") -> Callable[[str], torc
     return weight
 
 
+def layout(pieces: list[Fragment]) -> dict[str, Any]:
+    """What the manifest says about one rank's pieces: parameter -> {shape, start, length, keys}."""
+    return {
+        p.name: {"shape": p.shape, "start": p.start, "length": p.tensors["master"].numel(), "keys": list(p.tensors)}
+        for p in pieces
+    }
+
+
+def commit(
+    aside: Path, target: Path, state: TrainState, files: dict[str, tuple[dict[str, Any], Any]], facts: dict[str, Any]
+) -> None:
+    """Make a checkpoint of the directory `aside`, in which all ranks have written: the manifest, flushed, and its name.
+
+    `files` has each rank's file, in the order of ranks: its size and hash, and the `layout` of its pieces. Raises
+    CheckpointError if one is not there, as when ranks do not share the file system.
+    """
+    parameters: dict[str, Any] = {}
+    for name, (expected, pieces) in files.items():
+        _check_size(aside / name, expected)
+        for parameter, piece in pieces.items():
+            entry = parameters.setdefault(parameter, {"shape": piece["shape"], "pieces": []})
+            if piece["length"]:
+                entry["pieces"].append({"file": name} | {key: piece[key] for key in ("start", "length", "keys")})
+    about = {"format": FORMAT, "state": state.to_json(), "facts": facts}
+    manifest = {**about, "files": {name: expected for name, (expected, _) in files.items()}, "parameters": parameters}
+    text = json.dumps(manifest).removesuffix("}").encode()
+    (aside / "manifest.json").write_bytes(text + _last_line(text))
+    _flush(aside / "manifest.json")
+    _flush(aside)
+    if target.exists():  # the same step once more, after a resume from an earlier one: the new one replaces it
+        shutil.rmtree(target)
+    aside.rename(target)
+    _flush(target.parent)
+
+
 def remove_old(run_dir: Path, newest: int, config: CheckpointConfig) -> None:
     """Remove the checkpoints before step `newest`, which was just written, that `config` does not keep.
 
@@ -251,7 +263,7 @@ def remove_leftovers(run_dir: Path) -> None:
     """Remove what saves and removals that were interrupted have left; only while no rank saves."""
     for pattern in (".writing-*", ".removing-*"):
         for leftover in (run_dir / "checkpoints").glob(pattern):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # where nothing can be removed, the next save says why
 
 
 def _eval_loss(path: Path) -> float | None:
@@ -276,61 +288,6 @@ def _file_names(checkpoint: Checkpoint) -> set[str]:
     return {piece["file"] for pieces in checkpoint.pieces.values() for piece in pieces}
 
 
-def _write_pieces(path: Path, pieces: list[Fragment]) -> None:
-    tensors = {f"{key}/{p.name}": t.cpu().contiguous() for p in pieces for key, t in p.tensors.items() if t.numel()}
-    layout = {
-        p.name: {"shape": p.shape, "start": p.start, "length": p.tensors["master"].numel(), "keys": list(p.tensors)}
-        for p in pieces
-    }
-    save_file(tensors, path, metadata={"layout": json.dumps(layout)})
-    _flush(path)
-
-
-def _finish(aside: Path, target: Path, state: TrainState, world_size: int, facts: dict[str, Any]) -> None:
-    files: dict[str, Any] = {}
-    parameters: dict[str, Any] = {}
-    for rank in range(world_size):
-        name = f"rank-{rank:05d}.safetensors"
-        files[name] = {"bytes": (aside / name).stat().st_size, "xxh3_128": _hash(aside / name)}
-        with safe_open(aside / name, framework="pt") as opened:
-            layout = json.loads(opened.metadata()["layout"])
-        for parameter, piece in layout.items():
-            entry = parameters.setdefault(parameter, {"shape": piece["shape"], "pieces": []})
-            if piece["length"]:
-                entry["pieces"].append({"file": name} | {key: piece[key] for key in ("start", "length", "keys")})
-    about = {"format": FORMAT, "state": state.to_json(), "facts": facts}
-    manifest = {**about, "files": files, "parameters": parameters}
-    text = json.dumps(manifest).removesuffix("}").encode()
-    (aside / "manifest.json").write_bytes(text + _last_line(text))
-    _flush(aside / "manifest.json")
-    if target.exists():  # the same step once more, after a resume from an earlier one: the new one replaces it
-        shutil.rmtree(target)
-    aside.rename(target)
-    _flush(target.parent)
-
-
-def _attempt(action: Callable[[], object]) -> str | None:
-    try:
-        action()
-    except Exception as error:  # whatever it is, the other ranks have to hear of it
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _agree(runtime: Runtime, problem: str | None, aside: Path) -> None:
-    """Raise on every rank if any rank had a problem."""
-    problems = [(rank, p) for rank, p in enumerate(runtime.gather(problem)) if p is not None]
-    if not problems:
-        return
-    if runtime.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-    rank, reason = problems[0]
-    raise CheckpointError(
-        f"{aside.parent}: rank {rank} could not write its part of the checkpoint ({reason}). Earlier checkpoints are "
-        f"untouched. Make room or write access there, then start the same command again: it goes on from the newest."
-    )
-
-
 def _check_size(path: Path, expected: dict[str, Any]) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing")
@@ -340,12 +297,12 @@ def _check_size(path: Path, expected: dict[str, Any]) -> None:
 
 
 def _check_hash(path: Path, expected: dict[str, Any]) -> None:
-    found = _hash(path)
+    found = file_hash(path)
     if found != expected["xxh3_128"]:
         raise CheckpointError(f"{path}: is damaged (xxh3 {found}, the manifest says {expected['xxh3_128']})")
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -51,6 +51,10 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag whether it is set on some rank; every rank gets the same answers."""
+        return [number > 0 for number in self.sum(torch.tensor([int(flag) for flag in flags])).tolist()]
+
     def barrier(self) -> None:
         dist.barrier()
 
@@ -147,9 +151,10 @@ class StopRequest:
         asked: list[Any] = runtime.gather(self.signal)
         return 128 + next(int(number) for number in [*asked, signal.SIGTERM] if number)
 
-    def on_any_rank(self, runtime: Runtime) -> bool:
-        """Whether some rank was asked to stop; every rank gets the same answer at the same step."""
-        return bool(runtime.sum(torch.tensor(int(self.signal is not None))).item())
+    @property
+    def is_asked(self) -> bool:
+        """Whether this rank was; every rank has to stop at the same step, so ask `Runtime.any`."""
+        return self.signal is not None
 
 
 def _free_port() -> str:

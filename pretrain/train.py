@@ -34,6 +34,7 @@ from pretrain.objective import count_targets, global_mean, mean_losses
 from pretrain.optim import learning_rate
 from pretrain.report import write_report
 from pretrain.runtime import Runtime, StopRequest
+from pretrain.saver import open_saver
 from pretrain.state import TrainState
 
 
@@ -62,7 +63,10 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
     ranks.mark("start", 0)  # the model is there; what follows may take as long again
     state = resume(config, model, data, run_dir, ranks)
     stop = StopRequest()
-    with open_metrics(run_dir, state.step, config.train.num_steps, config.log, ranks.is_first) as metrics:
+    with (
+        open_metrics(run_dir, state.step, config.train.num_steps, config.log, ranks.is_first) as metrics,
+        open_saver(run_dir, config.checkpoint, ranks) as saver,
+    ):
         if state.step == 0:
             metrics.log(evaluated := evaluate(config, model, validation, state.step, ranks))
             state = replace(state, eval_loss=evaluated["eval_loss"])
@@ -71,12 +75,14 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
             metrics.log(line)
             seconds = state.seconds + line["step_seconds"]
             state = replace(state, step=state.step + 1, updates=state.updates + 1, seconds=seconds)
-            last = state.step == config.train.num_steps or stop.on_any_rank(ranks)
+            is_stopped, some_write, some_failed = ranks.any(stop.is_asked, saver.is_writing, saver.has_failed)
+            saver.hear(some_write, some_failed)
+            last = state.step == config.train.num_steps or is_stopped
             if last or state.step % config.eval.every_steps == 0:
                 metrics.log(evaluated := evaluate(config, model, validation, state.step, ranks))
                 state = replace(state, eval_loss=evaluated["eval_loss"])
             if last or state.step % config.checkpoint.every_steps == 0:
-                save(config, model, data, state, run_dir, ranks)
+                saver.save(state, engine.fragments(model), data.facts(state.step))
             if last:
                 break
     ranks.mark("end", state.step)
@@ -196,14 +202,6 @@ def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, rank
     engine.load_fragments(model, checkpoint.reader(found), found.state.updates)
     say(f"going on from {found.path}")
     return found.state
-
-
-def save(config: PretrainConfig, model: Any, data: Stream, state: TrainState, run_dir: Path, ranks: Runtime) -> None:
-    ranks.mark("save", state.step)
-    checkpoint.save(run_dir, state, engine.fragments(model), data.facts(state.step), ranks)
-    if ranks.is_first:
-        checkpoint.remove_old(run_dir, state.step, config.checkpoint)
-        checkpoint.remove_leftovers(run_dir)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs.phases import no_mark
 from configs.schema import CheckpointConfig
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, Fragment
+from pretrain.saver import open_saver
 from pretrain.state import TrainState
 
 
@@ -21,6 +23,7 @@ class Alone:
     """A group of one, without a process group."""
 
     rank, world_size, is_first = 0, 1, True
+    mark = staticmethod(no_mark)
 
     def gather(self, value):
         return [value]
@@ -36,7 +39,9 @@ def pieces(size: int = 10, value: float = 0.0) -> list[Fragment]:
 
 def save(run_dir: Path, step: int, eval_loss: float | None = None, **more) -> Path:
     state = TrainState(step, step, eval_loss=eval_loss)
-    return checkpoint.save(run_dir, state, pieces(**more), {"seed": 1}, Alone())
+    with open_saver(run_dir, CheckpointConfig(keep_last=100), Alone()) as saver:
+        saver.save(state, pieces(**more), {"seed": 1})
+    return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def test_any_slice_of_any_tensor_reads_back(tmp_path):
