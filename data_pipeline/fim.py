@@ -21,6 +21,7 @@ import numpy as np
 
 from configs.schema import FimConfig
 from data_pipeline import chance
+from data_pipeline.pack import IGNORE_INDEX
 
 NUM_SENTINELS = 3
 SHORTEST = 3  # tokens that are left of a document beside the sentinels; one with fewer is not rearranged
@@ -36,15 +37,30 @@ class FimIds(NamedTuple):
     end: int
 
 
-def documents_of_rows(
-    width: int, num_rows: int, rows: np.ndarray, columns: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where the documents of rows of `width` tokens are: starts, in all rows one after the other, and lengths.
+def fill_in_rows(arrays: dict[str, np.ndarray], keys: np.ndarray, fim: FimConfig, ids: FimIds) -> dict[str, np.ndarray]:
+    """The same rows with documents rearranged: the same names, shapes and types.
 
-    A document starts in row rows[i] at column columns[i], both (starts,) int64, ascending; and with each row.
+    arrays: of `pack.gpt_rows`, padded or not; or "tokens" alone, (n, seq_len + 1), whose documents end with `ids.end`
+    and nowhere else. keys: as of `fill_in_middle`.
     """
-    starts = np.union1d(rows * width + columns, np.arange(0, num_rows * width, width))
-    return starts, np.diff(starts, append=num_rows * width)
+    if "tokens" in arrays:
+        tokens = arrays["tokens"]
+        is_start = np.ones(tokens.shape, bool)
+        is_start[:, 1:] = tokens[:, :-1] == ids.end
+        return {"tokens": fill_in_middle(tokens, *_stretches(is_start), keys, fim, ids)}
+    labels, segments = arrays["labels"], arrays["segment_ids"]
+    goes_on = labels[:, -1:] != IGNORE_INDEX  # the last document of the row, by one token, which is only a label
+    tokens = np.hstack([arrays["input_ids"], labels[:, -1:]])
+    segments = np.hstack([segments, np.where(goes_on, segments[:, -1:], 0)])
+    is_start = np.ones(tokens.shape, bool)
+    is_start[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts, lengths = _stretches(is_start)
+    is_text = segments.ravel()[starts] > 0
+    tokens = fill_in_middle(tokens, starts[is_text], lengths[is_text], keys, fim, ids)
+    return arrays | {
+        "input_ids": tokens[:, :-1].copy(),
+        "labels": np.where(labels == IGNORE_INDEX, IGNORE_INDEX, tokens[:, 1:]),
+    }
 
 
 def fill_in_middle(
@@ -52,9 +68,9 @@ def fill_in_middle(
 ) -> np.ndarray:
     """A copy of the rows in which a share `fim.probability` of the documents is rearranged, `fim.spm_share` as SPM.
 
-    tokens (n, width), of any integer type that has room for the ids. starts, lengths (documents,) int64, ascending: as
-    of `documents_of_rows`; what is in no document (padding) stays. keys (n,) uint64: a row's chances depend on its key
-    and on the number of the document in it, on nothing else.
+    tokens (n, width), of any integer type that has room for the ids. starts, lengths (documents,) int64, ascending: of
+    documents, each within a row, in all rows one after the other; what is in none, padding, stays. keys (n,) uint64: a
+    row's chances depend on its key and on the number of the document in it, on nothing else.
     """
     rows = starts // tokens.shape[1]
     number = np.arange(len(rows)) - rows.searchsorted(rows)  # of the document in its row
@@ -81,3 +97,9 @@ def fill_in_middle(
     result[suffix_at - 1] = ids.suffix
     result[suffix_at + suffix] = ids.middle
     return result.reshape(tokens.shape)
+
+
+def _stretches(is_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of stretches in all rows, one after the other. is_start: (n, width) bool, all of column 0."""
+    starts = np.flatnonzero(is_start)
+    return starts, np.diff(starts, append=is_start.size)

@@ -10,13 +10,13 @@ Rows are made for many numbers at once. A row depends on its number and its plac
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from configs.schema import PretrainConfig
-from data_pipeline import bert_rows, chance, order, pack, packing
+from data_pipeline import bert_rows, chance, fim, order, pack, packing
 from data_pipeline.shards import Dataset
 
 Arrays = dict[str, np.ndarray]
@@ -31,8 +31,8 @@ class Rows:
     block_starts: np.ndarray  # (blocks + 1,) int64: the first row of each shard or run of shards, and num_rows
     first_tokens: Callable[[np.ndarray], np.ndarray]  # where in the dataset each row begins, (n,) int64
     # (numbers, use, n places) -> the rows' arrays, (n, seq_len) but for next_sentence_label, (n,), and tokens,
-    # (n, seq_len + 1). BERT's chances follow from the use, "train" or "eval", and the place, which is another one in
-    # every epoch.
+    # (n, seq_len + 1). Chances (BERT's, FIM's) follow from the use, "train" or "eval", and the place, which is another
+    # one in every epoch.
     make: Callable[[np.ndarray, str, Places], Arrays]
 
 
@@ -42,8 +42,9 @@ def open_rows(
     seq_len: int,
     vocabulary: bert_rows.Vocabulary | None,
     tokens_alone: bool = False,
+    fim_ids: fim.FimIds | None = None,
 ) -> Rows:
-    """The rows of a dataset for the model of `config`; `vocabulary` is BERT's.
+    """The rows of a dataset for the model of `config`; `vocabulary` is BERT's, `fim_ids` those of GPT with data.fim.
 
     With `tokens_alone` concatenated rows are made as "tokens" in the dataset's dtype, from which `expand` makes the
     rest. With best-fit packing the first call makes the plan, which takes a while. Raises DataError where it cannot be
@@ -53,8 +54,10 @@ def open_rows(
         return _bert(config, dataset, seq_len, vocabulary)
     if config.data.packing == "best_fit":
         folder = Path(config.data.cache.dir).expanduser() / "packing"
-        return _best_fit(dataset, packing.open_plan(dataset, seq_len, folder))
-    return _concatenated(dataset, seq_len, config.data.shuffle_window_tokens is not None, tokens_alone)
+        rows = _best_fit(dataset, packing.open_plan(dataset, seq_len, folder))
+    else:
+        rows = _concatenated(dataset, seq_len, config.data.shuffle_window_tokens is not None, tokens_alone)
+    return rows if fim_ids is None else _filled_in(config, dataset, rows, fim_ids)
 
 
 def _concatenated(dataset: Dataset, seq_len: int, apart: bool, tokens_alone: bool) -> Rows:
@@ -110,6 +113,19 @@ def best_fit_rows(dataset: Dataset, plan: packing.Plan, numbers: np.ndarray) -> 
     batch = pack.gpt_rows(tokens, *np.divmod(np.sort(places), plan.seq_len + 1))
     pack.pad_rows(batch, filled)
     return batch
+
+
+def _filled_in(config: PretrainConfig, dataset: Dataset, rows: Rows, fim_ids: fim.FimIds) -> Rows:
+    """The same rows with documents rearranged, in training; what is evaluated is text as it is."""
+    base = order.key(config.train.seed, dataset.fingerprint, "fim")
+
+    def make(numbers: np.ndarray, use: str, places: Places) -> Arrays:
+        arrays = rows.make(numbers, use, places)
+        if use != "train":
+            return arrays
+        return fim.fill_in_rows(arrays, chance.row_keys(base, np.asarray(places)), config.data.fim, fim_ids)
+
+    return replace(rows, make=make)
 
 
 def _bert(config: PretrainConfig, dataset: Dataset, seq_len: int, vocabulary: bert_rows.Vocabulary) -> Rows:

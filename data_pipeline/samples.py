@@ -25,10 +25,11 @@ import numpy as np
 from configs.load import ConfigError
 from configs.schema import PretrainConfig, TrainConfig
 from data_pipeline import bert_rows, mixture, order
+from data_pipeline.fim import FimIds
 from data_pipeline.mask import IGNORE_INDEX
 from data_pipeline.rows import Arrays, Places, Rows, open_rows
 from data_pipeline.shards import Dataset, open_dataset
-from data_pipeline.tokenizer import is_bert, load_tokenizer
+from data_pipeline.tokenizer import end_of_text_id, fim_ids, is_bert, load_tokenizer
 
 Split = Literal["train", "validation"]
 BLOCK = 4096  # places whose samples are looked up at once: 30 nanoseconds each instead of 100 microseconds a call
@@ -99,9 +100,10 @@ class Samples:
         vocabulary = self._bert_vocabulary() if config.model.architecture == "bert" else None
         self.document_end_id = self._common_document_end_id()
         tokens_alone = self.document_end_id is not None
+        fim = self._fim_ids() if config.data.fim.probability else None
         steps = [(0, config.train.seq_len), *((phase.from_step, phase.seq_len) for phase in config.train.phases)]
         rows = [
-            [open_rows(config, dataset, seq_len, vocabulary, tokens_alone) for dataset in self.sources]
+            [open_rows(config, dataset, seq_len, vocabulary, tokens_alone, fim) for dataset in self.sources]
             for _, seq_len in steps
         ]
         self._stages = mixture_stages(config, [of_source.num_rows for of_source in rows[0]])
@@ -181,6 +183,8 @@ class Samples:
             facts["masking"] = data.masking.model_dump(mode="json")
         else:
             facts["packing"] = data.packing
+        if data.fim.probability:
+            facts["fim"] = data.fim.model_dump(mode="json")
         return facts
 
     def _counts(self, step: int) -> np.ndarray:
@@ -201,6 +205,17 @@ class Samples:
                 f"{self.tokenizer_dir} does not have; build the dataset with data.build.tokenizer.type=wordpiece"
             )
         return bert_rows.read_vocabulary(tokenizer)
+
+    def _fim_ids(self) -> FimIds:
+        tokenizer = load_tokenizer(self.tokenizer_dir)
+        sentinels = fim_ids(tokenizer)
+        if sentinels is None:
+            raise ConfigError(
+                f"data.fim.probability={self.config.data.fim.probability} needs a tokenizer with <|fim_prefix|>, "
+                f"<|fim_middle|> and <|fim_suffix|>, or those of StarCoder or Code Llama, which {self.tokenizer_dir} "
+                f"does not have; build the dataset with data.build.tokenizer.fim_tokens=true"
+            )
+        return FimIds(*sentinels, end_of_text_id(tokenizer) if self.document_end_id is None else self.document_end_id)
 
     def _chosen(self, phase: Phase, first: int, count: int) -> tuple[np.ndarray | None, np.ndarray]:
         """Sources (None: there is one) and samples of the phase's places first, ..., first + count - 1."""

@@ -38,6 +38,12 @@ from data_pipeline.wordpiece import wordpiece_encoder
 
 END_OF_TEXT = "<|endoftext|>"
 BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# Sentinels of fill in the middle: prefix, middle, suffix. Ours and Qwen's, StarCoder's, Code Llama's
+FIM_SPELLINGS = [
+    ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+    ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
+    ("▁<PRE>", "▁<MID>", "▁<SUF>"),
+]
 LARGEST_ALPHABET = 1000  # characters that WordPiece keeps; rarer ones become [UNK]
 # Scores of a unigram vocabulary are rounded to multiples of 1 / 8192. They then survive JSON to the last bit, which
 # those of a SentencePiece file do not, and their sums are exact, so that ties are broken alike before and after saving.
@@ -47,6 +53,17 @@ SENTENCE_ENDS = set(".!?。！？…।؟")
 
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str], directory: Path) -> Tokenizer:
     """Train on `texts` or load, as `config` says. Raises DataError. `directory` receives spiece.model, for unigram."""
+    if not config.fim_tokens:
+        return _make(config, texts, directory)
+    sentinels = FIM_SPELLINGS[0]
+    rest = config.model_copy(update={"vocab_size": max(1, config.vocab_size - len(sentinels))})
+    tokenizer = _make(rest, texts, directory)
+    if fim_ids(tokenizer) is None:
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in sentinels])
+    return tokenizer
+
+
+def _make(config: TokenizerConfig, texts: Iterable[str], directory: Path) -> Tokenizer:
     if config.type == "pretrained":
         if config.path is None:
             raise DataError("data.build.tokenizer.path is missing: type pretrained needs the tokenizer's folder")
@@ -126,6 +143,15 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
         if (found := tokenizer.token_to_id(token)) is not None:
             return found
     raise DataError(f"the tokenizer has no token that ends a document ({END_OF_TEXT}, </s> or [SEP])")
+
+
+def fim_ids(tokenizer: Tokenizer) -> tuple[int, int, int] | None:
+    """Ids of the sentinels of fill in the middle: prefix, middle, suffix; None where the vocabulary has none."""
+    for spelling in FIM_SPELLINGS:
+        prefix, middle, suffix = (tokenizer.token_to_id(token) for token in spelling)
+        if prefix is not None and middle is not None and suffix is not None:
+            return prefix, middle, suffix
+    return None
 
 
 def flat_encoder(tokenizer: Tokenizer) -> EncodeFlat:

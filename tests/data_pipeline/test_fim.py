@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from configs.schema import FimConfig
 from data_pipeline import chance
-from data_pipeline.fim import NUM_CHANCES, FimIds, documents_of_rows, fill_in_middle
-from data_pipeline.pack import gpt_rows
+from data_pipeline.fim import NUM_CHANCES, FimIds, fill_in_middle, fill_in_rows
+from data_pipeline.pack import IGNORE_INDEX, gpt_rows, pad_rows
 
 IDS = FimIds(prefix=1, middle=2, suffix=3, end=0)
 FIRST = 10  # ordinary ids are from here on
@@ -34,8 +34,13 @@ def keys_of(num_rows: int) -> np.ndarray:
     return chance.row_keys(7, np.arange(num_rows))
 
 
+def documents_of(width: int, num_rows: int, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    starts = np.union1d(rows * width + columns, np.arange(0, num_rows * width, width))
+    return starts, np.diff(starts, append=num_rows * width)
+
+
 def run(tokens: np.ndarray, rows: np.ndarray, columns: np.ndarray, fim: FimConfig, keys: np.ndarray) -> np.ndarray:
-    documents = documents_of_rows(tokens.shape[1], len(tokens), rows, columns)
+    documents = documents_of(tokens.shape[1], len(tokens), rows, columns)
     return fill_in_middle(tokens, *documents, keys, fim, IDS)
 
 
@@ -125,18 +130,40 @@ def test_shares_of_documents_and_of_forms_are_those_asked_for():
 
 def test_documents_keep_their_places_and_their_ends():
     tokens, rows, columns = make_rows(3, 50, 65, 30)
-    made = run(tokens, rows, columns, FimConfig(probability=1.0), keys_of(50))
-    assert made.shape == tokens.shape and made.dtype == tokens.dtype
-    assert np.array_equal(made == IDS.end, tokens == IDS.end)
-    before, after = gpt_rows(tokens, rows, columns), gpt_rows(made, rows, columns)
+    before = gpt_rows(tokens, rows, columns)
+    after = fill_in_rows(before, keys_of(50), FimConfig(probability=1.0), IDS)
+    assert all(after[name].shape == before[name].shape and after[name].dtype == before[name].dtype for name in before)
+    assert np.array_equal(before["input_ids"] == IDS.end, after["input_ids"] == IDS.end)
     for name in ("segment_ids", "position_ids"):
         assert np.array_equal(before[name], after[name])
-    assert np.array_equal(before["labels"] < 0, after["labels"] < 0)
+    assert np.array_equal(before["labels"] == IGNORE_INDEX, after["labels"] == IGNORE_INDEX)
+    targets = after["labels"][:, :-1]
+    assert np.array_equal(targets[targets >= 0], after["input_ids"][:, 1:][targets >= 0])
+
+
+@given(st.integers(0, 2**32), st.integers(1, 6), st.integers(2, 50), st.integers(1, 80))
+def test_whole_arrays_and_tokens_alone_are_rearranged_alike(seed, num_rows, width, longest):
+    tokens, rows, columns = make_rows(seed, num_rows, width, longest)
+    fim, keys = FimConfig(probability=0.8), keys_of(num_rows)
+    made = run(tokens, rows, columns, fim, keys)
+    assert np.array_equal(fill_in_rows({"tokens": tokens}, keys, fim, IDS)["tokens"], made)
+    whole, expected = fill_in_rows(gpt_rows(tokens, rows, columns), keys, fim, IDS), gpt_rows(made, rows, columns)
+    assert all(np.array_equal(whole[name], expected[name]) for name in expected)
+
+
+def test_padding_of_a_row_stays():
+    tokens = np.array([[*range(FIRST, FIRST + 12), IDS.end, 0, 0, 0, 0]])
+    batch = gpt_rows(tokens, np.array([0]), np.array([13]))
+    pad_rows(batch, np.array([13]))
+    made = fill_in_rows(batch, keys_of(1), ALWAYS, IDS)
+    assert made["input_ids"][0, 0] == IDS.prefix
+    assert made["input_ids"][0, 12:].tolist() == [IDS.end, 0, 0, 0]
+    assert (made["labels"][0, 12:] == IGNORE_INDEX).all() and (made["labels"][0, :12] != IGNORE_INDEX).all()
 
 
 def test_no_token_comes_into_another_document_and_none_twice():
     tokens, rows, columns = make_rows(4, 50, 65, 30)
-    starts, lengths = documents_of_rows(65, 50, rows, columns)
+    starts, lengths = documents_of(65, 50, rows, columns)
     made = run(tokens, rows, columns, FimConfig(probability=1.0), keys_of(50)).ravel()
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         document = made[start : start + length]

@@ -13,7 +13,7 @@ from configs.load import ConfigError
 from configs.schema import PretrainConfig
 from data_pipeline.samples import BLOCK, Samples, open_samples, tokens_before
 from tests.conftest import ROOT
-from tests.data_pipeline.token_datasets import bert_config, gpt_config, lengths, write_dataset
+from tests.data_pipeline.token_datasets import bert_config, fim_config, gpt_config, lengths, write_dataset
 
 SEQ_LEN, BATCH = 16, 24
 
@@ -215,6 +215,50 @@ def test_what_is_planned_for_later_steps_can_be_changed(folder):
 def test_masking_is_a_fact_of_bert_and_packing_is_not(tmp_path):
     facts = open_samples(bert_config(tmp_path), "train").facts(1)
     assert facts["masking"]["probability"] == 0.15 and "packing" not in facts
+
+
+def global_batch(samples: Samples, step: int, world_size: int = 1) -> dict[str, np.ndarray]:
+    ranks = [batch for rank in range(world_size) for batch in samples.micro_batches(step, rank, world_size)]
+    return {name: np.concatenate([batch[name] for batch in ranks]) for name in ranks[0]}
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_filling_in_the_middle_is_the_same_on_any_ranks_and_another_in_every_epoch(tmp_path, packing):
+    one = open_samples(fim_config(tmp_path, {"packing": packing}), "train")
+    other = open_samples(fim_config(tmp_path, {"packing": packing}, {"micro_batch_size": 4}), "train")
+    plain = open_samples(fim_config(tmp_path, {"packing": packing, "fim": {}}), "train")
+    name = "tokens" if packing == "concatenate" else "input_ids"
+    for step in (0, 7):
+        rows = global_batch(one, step)
+        again = global_batch(other, step, 3)
+        assert rows.keys() == global_batch(plain, step).keys()
+        assert all(np.array_equal(rows[key], again[key]) for key in rows)
+        assert not np.array_equal(rows[name], global_batch(plain, step)[name])
+    num_rows = one.phases[0].rows[0].num_rows
+    made = one.phases[0].rows[0].make(np.arange(num_rows), "train", np.arange(num_rows))
+    next_epoch = one.phases[0].rows[0].make(np.arange(num_rows), "train", num_rows + np.arange(num_rows))
+    assert not np.array_equal(made[name], next_epoch[name])
+
+
+def test_validation_has_no_middle_to_fill_in(tmp_path):
+    batches = [
+        list(open_samples(config, "validation").eval_batches(0, 20, 0, 1))
+        for config in (fim_config(tmp_path), fim_config(tmp_path, {"fim": {}}))
+    ]
+    assert all(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(*batches, strict=True))
+
+
+def test_filling_in_is_a_fact_only_where_it_is_on(tmp_path):
+    facts = open_samples(fim_config(tmp_path), "train").facts(1)
+    assert facts["fim"] == {"probability": 0.5, "spm_share": 0.5}
+    assert "fim" not in open_samples(fim_config(tmp_path, {"fim": {}}), "train").facts(1)
+
+
+def test_filling_in_without_sentinels_in_the_vocabulary_says_how_to_get_them(tmp_path):
+    config = bert_config(tmp_path, {"fim": {"probability": 0.5}})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"architecture": "gpt"})})
+    with pytest.raises(ConfigError, match=r"data.fim.probability=0.5 needs .*build\.tokenizer\.fim_tokens=true"):
+        open_samples(config, "train")
 
 
 def test_sources_with_different_tokenizers_are_refused_by_name(tmp_path):

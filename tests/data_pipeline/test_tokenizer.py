@@ -15,6 +15,7 @@ from data_pipeline.tokenizer import (
     encoder,
     end_of_text_id,
     ends_sentence,
+    fim_ids,
     fingerprint,
     load_tokenizer,
     make_tokenizer,
@@ -154,3 +155,50 @@ def test_unigram_vocabulary_of_no_text_is_an_error(tmp_path):
 def test_unigram_model_does_not_say_where_it_was_made(tmp_path):
     make_tokenizer(TokenizerConfig(type="unigram", vocab_size=150), TEXTS, tmp_path)
     assert tmp_path.name.encode() not in (tmp_path / "spiece.model").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "unigram", "characters"])
+def test_trained_tokenizer_has_the_sentinels_of_fim_within_its_size_and_in_transformers(kind, tmp_path):
+    size = {"unigram": 150}.get(kind, 300)
+    tokenizer = make_tokenizer(TokenizerConfig(type=kind, vocab_size=size, fim_tokens=True), TEXTS, tmp_path)
+    assert tokenizer.get_vocab_size() <= size
+    prefix, middle, suffix = fim_ids(tokenizer)
+    assert not {prefix, middle, suffix} & set(ordinary_ids(tokenizer).tolist())
+    save_tokenizer(tokenizer, tmp_path, 128)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == tokenizer.get_vocab_size()
+    assert theirs.convert_tokens_to_ids(["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]) == [
+        prefix,
+        middle,
+        suffix,
+    ]
+    assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(tokenizer)
+    text = encoder(tokenizer)(["a<|fim_prefix|> b <|fim_middle|>"])[0]
+    assert not {prefix, middle, suffix} & set(text.tolist())
+
+
+def test_published_tokenizer_gets_the_sentinels_behind_its_own_ids(shared_data, tmp_path):
+    folder = shared_data / "tokenizers/gpt2"
+    config = TokenizerConfig(type="pretrained", path=str(folder), fim_tokens=True)
+    assert fim_ids(load_tokenizer(folder)) is None
+    with_sentinels = make_tokenizer(config, [], tmp_path)
+    assert fim_ids(with_sentinels) == (50_257, 50_258, 50_259)
+    for text, ids in zip(TEXTS[:3], encoder(with_sentinels)(TEXTS[:3]), strict=True):
+        assert ids.tolist() == encoder(load_tokenizer(folder))([text])[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),  # Qwen2.5-Coder
+        ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),  # StarCoder
+        ("▁<PRE>", "▁<MID>", "▁<SUF>"),  # Code Llama
+    ],
+)
+def test_sentinels_that_a_published_tokenizer_has_are_used_in_its_own_spelling(trained, spelling, tmp_path):
+    tokenizer = load_tokenizer(trained["byte_bpe"][1])
+    tokenizer.add_special_tokens(list(spelling))
+    save_tokenizer(tokenizer, tmp_path, 128)
+    again = make_tokenizer(TokenizerConfig(type="pretrained", path=str(tmp_path), fim_tokens=True), [], tmp_path)
+    assert again.get_vocab_size() == tokenizer.get_vocab_size()
+    assert fim_ids(again) == tuple(again.token_to_id(token) for token in spelling)

@@ -51,6 +51,23 @@ def gpt_config(folder: Path, data: dict[str, Any] | None = None, train: dict[str
     )
 
 
+def fim_config(folder: Path, data: dict[str, Any] | None = None, train: dict[str, Any] | None = None) -> PretrainConfig:
+    """A GPT run like `gpt_config` that fills in the middle of half of the documents; writes its dataset: numbers."""
+    for split, documents in (("train", 100), ("validation", 40)):
+        if not (folder / split).exists():
+            (folder / split).mkdir(parents=True)
+            tokenizer = make_tokenizer(TokenizerConfig(type="characters", fim_tokens=True), ["0123456789 "], folder)
+            save_tokenizer(tokenizer, folder / split, 512)
+            rng = np.random.default_rng(documents)
+            sizes = rng.integers(1, 30, documents)
+            tokens = rng.integers(2, 13, sizes.sum())
+            tokens[np.cumsum(sizes) - 1] = tokenizer.token_to_id("<|endoftext|>")
+            size = tokenizer.get_vocab_size()
+            entry = write_shard(folder / split / "shard-00000.tokens", [(tokens, sizes)], size)
+            write_manifest(folder / split, [entry], size, fingerprint(tokenizer), "test")
+    return gpt_config(folder, {"fim": {"probability": 0.5}} | (data or {}), train)
+
+
 def bert_config(
     folder: Path, data: dict[str, Any] | None = None, train: dict[str, Any] | None = None
 ) -> PretrainConfig:
