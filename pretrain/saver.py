@@ -184,7 +184,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str,
     digest, num_bytes = xxhash.xxh3_128(), 0
     with path.open("wb", buffering=0) as file:
         views = [memoryview(len(text).to_bytes(8, "little") + text)]
-        views += [memoryview(tensor.numpy()).cast("B") for tensor in tensors.values()]
+        views += [tensor.numpy().data.cast("B") for tensor in tensors.values()]
         for view in views:
             for start in range(0, len(view), BLOCK_BYTES):
                 block = view[start : start + BLOCK_BYTES]
