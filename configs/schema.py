@@ -335,6 +335,7 @@ class TuningConfig(Section):
     dropout: Rate | None = None  # none: the model's own
     warmup_share: Fraction = 0.06  # of all steps; the rate then falls linearly to zero
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # a layer's lr over that of the one above; 1: all the same
     seeds: list[int] = [1]  # one run each; metrics are reported for each, with mean and spread
 
 

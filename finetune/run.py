@@ -73,6 +73,7 @@ def finetune(config: FinetuneConfig, ranks: Runtime) -> None:
             config.tuning.optimizer,
             deepspeed_json(config, ranks.world_size),
             in_pieces=False,
+            layer_decay=config.tuning.layer_decay,
         )
         train(config, model, task, train_rows, tokenizer.pad_token_id, seed, ranks)
         outputs = predict(config, model, task, dev_rows, tokenizer.pad_token_id, ranks)

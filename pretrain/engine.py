@@ -47,12 +47,16 @@ class Piece:
 
 
 def initialize(
-    build: Callable[[], nn.Module], optimizer: OptimizerConfig, json: dict[str, Any], in_pieces: bool = True
+    build: Callable[[], nn.Module],
+    optimizer: OptimizerConfig,
+    json: dict[str, Any],
+    in_pieces: bool = True,
+    layer_decay: float = 1.0,
 ) -> Any:
     """Build the model and return the DeepSpeed engine that trains it at the ZeRO stage of `json`.
 
     At stage 3 it is built in pieces; without `in_pieces` each rank builds the whole model before it is cut, as
-    transformers' from_pretrained needs it.
+    transformers' from_pretrained needs it. With a `layer_decay` below 1 lower layers learn slower, see optim.py.
 
     Every rank calls it with the same arguments, after `runtime.start` and with the same torch seed. The module may have
     `external_parameters()`: the (module, parameter) pairs in which a module uses a parameter of another, as with tied
@@ -66,7 +70,7 @@ def initialize(
     if stage == 3:
         for module, parameter in getattr(model, "external_parameters", list)():
             deepspeed.zero.register_external_parameter(module, parameter)
-    plain = make_optimizer(model, optimizer)
+    plain = make_optimizer(model, optimizer, layer_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=plain, config=json)
     if stage == 0:
         _clip_before_step(engine, optimizer.grad_clip)
@@ -86,7 +90,7 @@ def backward(engine: Any, loss: torch.Tensor) -> None:
 
 def set_lr(engine: Any, lr: float) -> None:
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 def grad_norm(engine: Any) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from configs.load import ConfigError
 from configs.schema import OptimizerConfig, ScheduleConfig
 from pretrain.optimizers.average import keep_average
 from pretrain.optimizers.lamb import Lamb
@@ -15,9 +16,12 @@ from pretrain.optimizers.lion import Lion
 from pretrain.optimizers.muon import Muon
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of `config` over the trained parameters of `model`; the engine puts fp32 pieces in their place."""
-    groups = parameter_groups(model, config.weight_decay, apart=config.type == "muon")
+def make_optimizer(model: nn.Module, config: OptimizerConfig, layer_decay: float = 1.0) -> torch.optim.Optimizer:
+    """The optimizer of `config` over the trained parameters of `model`; the engine puts fp32 pieces in their place.
+
+    Raises ConfigError where muon or a layer_decay below 1 finds no layers in the model.
+    """
+    groups = parameter_groups(model, config.weight_decay, apart=config.type == "muon", layer_decay=layer_decay)
     optimizer: torch.optim.Optimizer
     match config.type:
         case "adamw":
@@ -33,30 +37,72 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     return optimizer
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, apart: bool = False) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, apart: bool = False, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
     """Groups for an optimizer: matrices decay; biases and normalisation weights do not (as GPT-2, GPT-3 and BERT do).
 
-    Those that do not decay have `trust` False (see lamb.py). With `apart` the matrices inside `model.blocks` are a
-    group of their own, with `orthogonalize` True (see muon.py). Decided by the name and the owning module, not by the
-    number of axes: under ZeRO-3 a parameter is an empty vector. A tied parameter appears once.
+    Those that do not decay have `trust` False (see lamb.py). With `apart` the matrices inside the model's layers are
+    groups of their own, with `orthogonalize` True (see muon.py). With a `layer_decay` below 1 each distance from the
+    head is too, with `lr_scale` layer_decay^distance, which the engine multiplies every rate by. Decided by the name
+    and the owning module, not by the number of axes: under ZeRO-3 a parameter is an empty vector. A tied parameter
+    appears once, under its first name.
     """
-    inside = {id(parameter) for name, parameter in model.named_parameters() if apart and name.startswith("blocks.")}
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "decayed": [], "kept": []}
+    distances = distances_from_head(model) if layer_decay < 1 else {}
+    inside = f"{longest_module_list(model)[0]}." if apart else None
+    groups: dict[tuple[int, str], list[nn.Parameter]] = {}
     seen: set[int] = set()
-    for module in model.modules():
+    for prefix, module in model.named_modules():
         is_norm = isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower()
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(prefix, recurse=False):
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
-            decays = not (is_norm or name == "bias")
-            groups["kept" if not decays else "matrices" if id(parameter) in inside else "decayed"].append(parameter)
-    made = [
-        {"params": groups["matrices"], "weight_decay": weight_decay, "orthogonalize": True},
-        {"params": groups["decayed"], "weight_decay": weight_decay},
-        {"params": groups["kept"], "weight_decay": 0.0, "trust": False},
+            kind = "kept" if is_norm or name.endswith("bias") else "decayed"
+            if kind == "decayed" and inside and name.startswith(inside) and not isinstance(module, nn.Embedding):
+                kind = "matrices"
+            groups.setdefault((distances.get(name, 0), kind), []).append(parameter)
+    settings: dict[str, dict[str, Any]] = {
+        "matrices": {"weight_decay": weight_decay, "orthogonalize": True},
+        "decayed": {"weight_decay": weight_decay},
+        "kept": {"weight_decay": 0.0, "trust": False},
+    }
+    return [
+        {"params": groups[distance, kind], "lr_scale": layer_decay**distance, **more}
+        for distance in sorted({distance for distance, _ in groups})
+        for kind, more in settings.items()
+        if (distance, kind) in groups
     ]
-    return [group for group in made if group["params"]]
+
+
+def distances_from_head(model: nn.Module) -> dict[str, int]:
+    """How far below the head each parameter lies: the head 0, the top layer 1, the embeddings one below all layers.
+
+    As BEiT counts (Bao et al. 2022, after ELECTRA, Clark et al. 2020). Layers are the numbered entries of the model's
+    longest module list, embeddings what is called so or is an nn.Embedding, and everything else is of the head:
+    poolers, a last normalisation, the new classifier.
+    """
+    prefix, layers = longest_module_list(model)
+    distances = {}
+    for owner, module in model.named_modules():
+        for name, _ in module.named_parameters(owner, recurse=False):
+            if name.startswith(f"{prefix}."):
+                distances[name] = len(layers) - int(name.removeprefix(f"{prefix}.").partition(".")[0])
+            else:
+                is_embedding = isinstance(module, nn.Embedding) or "embed" in name
+                distances[name] = len(layers) + 1 if is_embedding else 0
+    return distances
+
+
+def longest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and value of the module list with the most parameters: a transformer's layers. Raises ConfigError."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ConfigError(
+            f"{type(model).__name__}: has no list of layers (torch.nn.ModuleList), which optimizer.type=muon and "
+            f"tuning.layer_decay need; choose adamw and a layer_decay of 1"
+        )
+    return max(lists, key=lambda item: sum(1 for _ in item[1].parameters()))
 
 
 def learning_rate(step: int, num_steps: int, peak: float, schedule: ScheduleConfig) -> float:

@@ -2,9 +2,9 @@
 
     average <- d average + (1 - d) weights after every applied update,   d = min(decay, (1 + n) / (10 + n))
 
-n is the number of updates before. The ramp, that of TensorFlow and timm, keeps the average from remembering the random
-start: after n updates its memory is about n / 10 of them, until the decay takes over. It begins as the weights after
-the first update. It lies in the optimizer's state, so it is split over the ranks and is in every checkpoint.
+n is the number of updates before, and d is 0 for the first: the average begins as the weights after it. The ramp, that
+of TensorFlow and timm, keeps it from remembering the random start: after n updates its memory is about n / 10 of them,
+until the decay takes over. It lies in the optimizer's state, so it is split over the ranks and is in every checkpoint.
 """
 
 from __future__ import annotations
@@ -38,4 +38,4 @@ def average(weights: torch.Tensor, state: dict[str, torch.Tensor], decay: float)
 
 def ramped(decay: float, num_updates: int) -> float:
     """The decay after `num_updates` earlier updates."""
-    return min(decay, (1 + num_updates) / (10 + num_updates))
+    return min(decay, (1 + num_updates) / (10 + num_updates)) if num_updates else 0.0

@@ -146,6 +146,20 @@ def test_ranks_micro_batches_and_formats_do_not_change_the_result(folder):
 
 
 @pytest.mark.distributed
+def test_layer_decay_slows_each_layer_by_its_distance_from_the_head(folder):
+    tuning = {"layer_decay": 0.5, "num_epochs": 1, "warmup_share": 0, "precision": "fp32"}
+    tuning["optimizer"] = {"lr": 1e-2, "weight_decay": 0}
+    run_dir = run(folder, "layer-decay", 2, tuning=tuning, max_train_examples=16)  # one step
+    before, after = load_file(folder / "bert/model.safetensors"), load_file(run_dir / "model/model.safetensors")
+    moved = {name: (after[f"bert.{name}"] - weight).abs().max().item() for name, weight in before.items()}
+    layer = "encoder.layer.{}.output.dense.weight"  # Adam's first step moves an element by the rate
+    assert moved["pooler.dense.weight"] == pytest.approx(1e-2, rel=1e-3)
+    assert moved[layer.format(1)] == pytest.approx(1e-2 * 0.5, rel=1e-3)
+    assert moved[layer.format(0)] == pytest.approx(1e-2 * 0.5**2, rel=1e-3)
+    assert moved["embeddings.word_embeddings.weight"] == pytest.approx(1e-2 * 0.5**3, rel=1e-3)
+
+
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_zero_stage_does_not_change_the_result(folder):
     exact = {"precision": "fp32", "dropout": 0.0, "num_epochs": 1}

@@ -1,14 +1,17 @@
-"""Learning-rate schedules against their formulas; which parameters decay."""
+"""Learning-rate schedules against their formulas; which parameters decay, and which learn slower."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from configs.schema import ModelConfig, ScheduleConfig
+from configs.load import ConfigError
+from configs.schema import ModelConfig, OptimizerConfig, ScheduleConfig
 from pretrain.models import build_model
-from pretrain.optim import learning_rate, parameter_groups
+from pretrain.optim import distances_from_head, learning_rate, make_optimizer, parameter_groups
 
 
 def rates(num_steps: int, **settings) -> list[float]:
@@ -46,3 +49,54 @@ def test_matrices_decay_biases_and_norms_do_not_and_none_is_lost(architecture):
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in kept["params"])
     assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+# Encoders and decoders whose layers are named in different ways: layer.0, layers.0, h.0, transformer.layer.0.
+FAMILIES = {
+    "bert": {},
+    "roberta": {},
+    "electra": {},
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_heads": 2, "n_layers": 3},
+    "deberta-v2": {"relative_attention": True, "position_buckets": 8},
+    "mpnet": {},
+    "modernbert": {},
+    "gpt2": {"n_embd": 32, "n_head": 2, "n_layer": 3},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_any_family_are_counted_from_the_head_down_to_the_embeddings(family):
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 64}
+    settings = AutoConfig.for_model(family, vocab_size=50, pad_token_id=0, **(sizes | FAMILIES[family]))
+    model = AutoModelForSequenceClassification.from_config(settings)
+    distances = distances_from_head(model)
+    assert distances.keys() == {name for name, _ in model.named_parameters()}
+    for number in range(3):
+        inside = [distance for name, distance in distances.items() if f".{number}." in name]
+        assert len(inside) > 4 and set(inside) == {3 - number}
+    outside = {name: distance for name, distance in distances.items() if not any(f".{i}." in name for i in range(3))}
+    embeddings = {name for name, distance in outside.items() if distance == 4}
+    names = ("embed", ".wte", ".wpe", "relative_attention_bias")
+    assert embeddings and all(any(part in name for part in names) for name in embeddings)
+    heads = {name.split(".")[0] for name, distance in outside.items() if distance == 0}
+    assert heads & {"classifier", "score"} and set(outside.values()) == {0, 4}
+
+
+def test_rate_falls_by_layer_decay_from_the_head_down_and_everything_is_in_one_group():
+    model = build_model(ModelConfig(architecture="bert", num_layers=2), 61, 16)
+    groups = make_optimizer(model, OptimizerConfig(), layer_decay=0.5).param_groups
+    scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert len(scale) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    found = {name: scale[id(parameter)] for name, parameter in model.named_parameters()}
+    assert found["nsp_output.weight"] == found["pooler.bias"] == 1
+    assert found["blocks.1.mlp.up.weight"] == found["blocks.1.mlp_norm.bias"] == 0.5
+    assert found["blocks.0.mlp.up.weight"] == 0.25
+    assert found["word_embeddings.weight"] == found["embedding_norm.weight"] == 0.125
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert decays[id(model.blocks[0].mlp_norm.weight)] == 0 and decays[id(model.blocks[0].mlp.up.weight)] == 0.1
+
+
+@pytest.mark.parametrize(("kind", "layer_decay"), [("muon", 1.0), ("adamw", 0.9)])
+def test_model_without_layers_is_refused_where_layers_are_needed(kind, layer_decay):
+    with pytest.raises(ConfigError, match="Linear: has no list of layers"):
+        make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(type=kind), layer_decay)

@@ -14,7 +14,8 @@ from pretrain.optim import make_optimizer
 from pretrain.optimizers.average import keep_average
 from pretrain.optimizers.lamb import Lamb
 from pretrain.optimizers.lion import Lion
-from pretrain.optimizers.muon import Muon, orthogonalize
+from pretrain.optimizers.muon import Muon, direction, orthogonalize
+from pretrain.optimizers.slices import Slice
 from tests.ranks import run_ranks
 
 
@@ -86,6 +87,25 @@ def test_muon_is_nesterov_momentum_made_orthogonal_with_the_size_of_an_adamw_upd
     assert torch.allclose(after, weights, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(40, 16), (16, 40)])
+def test_muon_is_torchs_with_the_rate_matched_to_adamw(shape):
+    groups = lambda w: [{"params": w, "orthogonalize": True, "weight_decay": 0.1}]  # noqa: E731
+    before, _, ours = two_steps(lambda w: Muon(groups(w), 0.01, 0.95, (0.9, 0.95), 1e-8), shape)
+    reference = lambda w: torch.optim.Muon(w, 0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")  # noqa: E731
+    _, _, theirs = two_steps(reference, shape)
+    assert (ours - theirs).norm() < 0.02 * (ours - before).norm()  # theirs iterates in bf16
+
+
+def test_muon_makes_query_key_and_value_orthogonal_each_for_itself():
+    matrix = (
+        torch.randn((48, 16), generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1.0] * 16 + [9.0] * 32)[:, None]
+    )
+    made = direction(matrix, Slice("blocks.0.attention.qkv.weight", (48, 16), 0, (768,)))
+    alone = Slice("blocks.0.attention.output.weight", (16, 16), 0, (256,))
+    assert torch.equal(made, torch.cat([direction(part, alone) for part in matrix.chunk(3)]))
+
+
 def test_muon_leaves_everything_but_the_matrices_of_the_blocks_to_adamw():
     model = build_model(ModelConfig(num_layers=2, hidden_size=32, num_heads=2), 100, 16)
     optimizer = make_optimizer(model, OptimizerConfig(type="muon"))
@@ -102,13 +122,13 @@ def test_average_of_the_weights_is_ramped_up_to_its_decay():
     weights = torch.nn.Parameter(torch.tensor([1.0]))
     optimizer = torch.optim.AdamW([weights], lr=0.1)
     keep_average(optimizer, 0.5)
-    expected = None
+    expected = 0.0
     for step in range(20):
         weights.grad = torch.tensor([float(step % 3 - 1)])
         optimizer.step()
         decay = min(0.5, (1 + step) / (10 + step))
         now = weights.item()
-        expected = now if expected is None else decay * expected + (1 - decay) * now
+        expected = now if step == 0 else decay * expected + (1 - decay) * now
     assert optimizer.state[weights]["ema"].item() == pytest.approx(expected, rel=1e-5)
 
 
