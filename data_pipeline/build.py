@@ -17,11 +17,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from configs.load import ConfigError, load_pretrain
 from configs.schema import PretrainConfig
@@ -31,7 +33,8 @@ from data_pipeline.build_report import print_result, summary
 from data_pipeline.card import data_card
 from data_pipeline.corpus import Corpus, clear, find_corpus, make_plan
 from data_pipeline.dedupe import find_duplicates
-from data_pipeline.engines import Run, abort_mpi, mpi_world_size, open_engine, open_mpi
+from data_pipeline.engines import Run, abort_mpi, mpi_world_size, open_engine, open_mpi, run_here
+from data_pipeline.language import identify, known_languages
 from data_pipeline.part_text import clean_text, write_json
 from data_pipeline.part_tokens import cut_shards
 from data_pipeline.parts import SPLITS, Plan, most_workers, runs
@@ -98,7 +101,7 @@ def build(config: PretrainConfig, console: Console, engine: tuple[Run, int] | No
             def open_workers() -> Workers:
                 return open_engine(settings, work, num_workers) if engine is None else nullcontext(engine)
 
-            finish(make(work, config, corpus, open_workers, progress), root)
+            finish(*make(work, config, corpus, open_workers, progress), root)
     except (OSError, MemoryError) as error:
         kept = "finished parts are kept, the same command goes on from them"
         if isinstance(error, MemoryError):
@@ -162,11 +165,11 @@ def alone(root: Path) -> Iterator[None]:
 
 def make(
     work: Path, config: PretrainConfig, corpus: Corpus, open_workers: Callable[[], Workers], progress: Progress
-) -> Plan:
+) -> tuple[Plan, Tokenizer]:
     """All that takes long: from the sources to finished shards in the working directory.
 
     Three times workers begin anew, without what the ones before have in memory: the models and test sets of the stages,
-    and half a gigabyte that the training of a tokenizer leaves.
+    and half a gigabyte that the training of a tokenizer leaves. What needs no workers, starts none.
     """
     with open_workers() as (run, num_workers):
         plan = make_plan(work, config, corpus, run, progress)
@@ -176,13 +179,23 @@ def make(
             drop_duplicates(plan, run, progress)
     if not plan.tokenizer_dir.exists():
         with open_workers() as (run, _), progress.phase("tokenizer"):
-            for _ in run(passes.make_tokenizer, [(work,)]):
+            is_trained = config.data.build.tokenizer.type != "pretrained"
+            for _ in (run if is_trained else run_here)(passes.make_tokenizer, [(work,)]):
                 pass
-    with open_workers() as (run, num_workers):
+    with ThreadPoolExecutor(1) as aside, open_workers() as (run, num_workers):
+        loading = aside.submit(load_ahead, plan)
         do_parts(plan, "tokenize", passes.token_parts, plan.tokens, run, num_workers, progress)
         corpus.refuse_changed()
-        make_shards(plan, run, progress)
-    return plan
+        tokenizer = loading.result()
+        make_shards(plan, tokenizer.get_vocab_size(), run, progress)
+    return plan, tokenizer
+
+
+def load_ahead(plan: Plan) -> Tokenizer:
+    """Load what this process needs next while the workers tokenize: half a second, in which it has nothing to do."""
+    if not plan.tokenizer_report.exists():
+        known_languages()  # loads the model of `identify`
+    return tokenizers.load_tokenizer(plan.tokenizer_dir)
 
 
 def do_parts(
@@ -218,7 +231,7 @@ def drop_duplicates(plan: Plan, run: Run, progress: Progress) -> None:
     write_json(plan.duplicates, {"exact": found.exact, "near": found.near, "examples": examples})
 
 
-def make_shards(plan: Plan, run: Run, progress: Progress) -> None:
+def make_shards(plan: Plan, vocab_size: int, run: Run, progress: Progress) -> None:
     """Cut the tokens of each split into shards, and see how the tokenizer fits them.
 
     Raises DataError where a split has no document.
@@ -235,8 +248,10 @@ def make_shards(plan: Plan, run: Run, progress: Progress) -> None:
                 f"data.build.validation_fraction higher, or data.build.split_by=tail, or data.build.validation_sources"
                 + skipped_records(plan)
             )
-    vocab_size = tokenizers.load_tokenizer(plan.tokenizer_dir).get_vocab_size()
-    tasks: list[tuple] = [(passes.report_tokenizer, plan.work)]
+    tasks: list[tuple] = []
+    if not plan.tokenizer_report.exists():
+        languages = [identify(text)[0] for text in passes.samples(plan)]
+        tasks.append((passes.report_tokenizer, plan.work, languages))
     missing = 0
     for name in SPLITS:
         for number, (stretches, num_tokens) in enumerate(shards[name]):
@@ -257,9 +272,8 @@ def skipped_records(plan: Plan) -> str:
     return f" ({broken} broken records were skipped)" if broken else ""
 
 
-def finish(plan: Plan, root: Path) -> None:
+def finish(plan: Plan, tokenizer: Tokenizer, root: Path) -> None:
     """Add tokenizer, reports and manifests to the shards, and give the dataset its name."""
-    tokenizer = tokenizers.load_tokenizer(plan.tokenizer_dir)
     content = summary(plan)
     card = data_card(content).encode()
     for name in SPLITS:

@@ -18,7 +18,7 @@ import xxhash
 from configs.load import ConfigError
 from configs.schema import CleanConfig, PretrainConfig
 from data_pipeline import passes
-from data_pipeline.engines import Run
+from data_pipeline.engines import Run, run_here
 from data_pipeline.minhash import choose_bands
 from data_pipeline.parts import LAYOUT, Plan, load_plan, part_bytes, save_plan, text_bytes
 from data_pipeline.progress import Progress
@@ -28,6 +28,7 @@ from data_pipeline.store import WRITING
 from data_pipeline.tokenizer import BERT_SPECIAL, end_of_text_id, is_bert, load_tokenizer
 
 SCANNED_FILES = 1000  # by one task, or fewer if they are large
+SCANNED_HERE = 128 << 20  # bytes of text; so much is passed over in less time than workers take to start
 FOLDERS = ("scan", "clean", "tokens", "shards", "dataset")
 
 
@@ -132,12 +133,19 @@ def make_plan(work: Path, config: PretrainConfig, corpus: Corpus, run: Run, prog
         for number, (first, after) in enumerate(groups)
     ]
     with progress.phase("scan", sum(corpus.sizes)) as advance:
-        for number in run(passes.scan_files, tasks):
+        is_here = is_small(corpus) and config.data.build.engine == "processes"
+        for number in (run_here if is_here else run)(passes.scan_files, tasks):
             first, after = groups[number]
             advance(sum(corpus.sizes[first:after]))
     num_own = sum(first < corpus.num_own for first, _ in groups)
     own, held_out = range(num_own), range(num_own, len(groups))
     return save_plan(work, corpus.built_from, config, scanned(work, own), scanned(work, held_out), size)
+
+
+def is_small(corpus: Corpus) -> bool:
+    """Whether this process scans the files as fast as workers that are still to be started."""
+    is_here = not any("://" in file for file in corpus.files)
+    return is_here and corpus.text_bytes <= SCANNED_HERE and len(corpus.files) <= SCANNED_FILES
 
 
 def is_begun(work: Path, built_from: str, progress: Progress) -> bool:

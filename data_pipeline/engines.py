@@ -23,6 +23,7 @@ from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import pairwise
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def open_engine(settings: BuildConfig, work: Path, num_workers: int) -> Iterator
     if settings.engine == "datatrove":
         yield partial(_run_datatrove, settings, work, num_workers), num_workers
     elif num_workers == 1:
-        yield _run_here, 1
+        yield run_here, 1
     else:
         with _open_processes(num_workers) as executor:
             yield partial(_run_executor, executor), num_workers
@@ -85,7 +86,8 @@ def abort_mpi() -> None:
     MPI.COMM_WORLD.Abort(1)
 
 
-def _run_here(function: Callable[..., Any], tasks: Sequence[Task]) -> Iterator[Any]:
+def run_here(function: Callable[..., Any], tasks: Sequence[Task]) -> Iterator[Any]:
+    """Run the tasks in this process, for what is done before workers could have been started."""
     for task in tasks:
         yield function(*task)
 
@@ -105,6 +107,7 @@ def _open_processes(num_workers: int) -> Iterator[Executor]:
     # A server process that has imported everything, once, and forks workers: safe where this process has threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_pipeline.passes"])
+    forkserver.ensure_running()  # it imports for 0.3 s; what is done here before the first task is not held up by that
     theirs, ours = context.Pipe(duplex=False)
     with closing(theirs), closing(ours), ProcessPoolExecutor(num_workers, context, _start_worker, (theirs,)) as pool:
         try:

@@ -23,7 +23,6 @@ from configs.schema import BuildConfig, CleanConfig
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline.clean import Stage, clean, make_stages
 from data_pipeline.encode import EncodeFlat
-from data_pipeline.language import identify
 from data_pipeline.minhash import signature_dtype, signatures
 from data_pipeline.part_text import Report, read_clean, read_parts, sample_texts, split, write_json
 from data_pipeline.part_tokens import read_documents, read_index, write_index, write_tokens
@@ -135,12 +134,17 @@ def assemble_shard(
     return entry["tokens"]
 
 
-def report_tokenizer(work: Path) -> int:
-    """Write how the tokenizer fits the samples of the training text, by language. Returns 0: it writes no tokens."""
+def samples(plan: Plan) -> Iterator[str]:
+    """The samples of the training text that `token_parts` has left for the tokenizer's report."""
+    for number in plan.sampled:
+        yield from read_index(plan.tokens(number))["sample"]
+
+
+def report_tokenizer(work: Path, languages: list[str]) -> int:
+    """Write how the tokenizer fits `samples`, by their languages. Returns 0: it writes no tokens."""
     plan = load_plan(work)
     if not plan.tokenizer_report.exists():
-        texts = (text for number in plan.sampled for text in read_index(plan.tokens(number))["sample"])
-        labelled = ((identify(text)[0], text) for text in texts)
+        labelled = zip(languages, samples(plan), strict=True)
         encode, _ = _encoder_of(plan)
         tokenizer = tokenizers.load_tokenizer(plan.tokenizer_dir)
         write_json(plan.tokenizer_report, tokenizer_report(tokenizer, labelled, encode))

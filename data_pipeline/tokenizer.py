@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import orjson
 import xxhash
 from tokenizers import (
     AddedToken,
@@ -162,7 +163,7 @@ def flat_encoder(tokenizer: Tokenizer) -> EncodeFlat:
     end included, (texts,) int64. What looks like a special token in a text is text: no document can end another one.
     """
     dtype = token_dtype(max(tokenizer.get_vocab().values()) + 1)
-    layout = json.loads(tokenizer.to_str())
+    layout = orjson.loads(tokenizer.to_str())
     if all(token["special"] for token in layout["added_tokens"]):  # others are found in a text before anything else
         for make in (byte_level_encoder, wordpiece_encoder, unigram_encoder, character_encoder):
             if (found := make(tokenizer, layout, dtype)) is not None:

@@ -7,12 +7,12 @@ vocabulary that spells a language out in bytes has 5 or more.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import orjson
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -73,7 +73,7 @@ def tokenizer_report(
     tokens_per_word, unknown_share (of the tokens), round_trip_failures (texts), round_trip_example (the first failure:
     {"text", "decoded"} around the first difference, or None) and vocabulary_use (share of the ordinary ids that occur).
     """
-    layout = json.loads(tokenizer.to_str())
+    layout = orjson.loads(tokenizer.to_str())
     encode_flat, round_trip = encode_flat or flat_encoder(tokenizer), _RoundTrip(tokenizer, layout)
     unknown, used = _unknown_id(tokenizer, layout), ordinary_ids(tokenizer)
     num_ids = max(tokenizer.get_vocab().values()) + 1
@@ -183,8 +183,11 @@ def _unknown_id(tokenizer: Tokenizer, layout: dict[str, Any]) -> int | None:
 
 def _longest_tokens(tokenizer: Tokenizer, used: np.ndarray) -> list[str]:
     """The longest tokens as they read in a text, the longest first."""
-    decoded = tokenizer.decode_batch([[index] for index in used.tolist()], skip_special_tokens=False)
-    return sorted(decoded, key=lambda text: (-len(text), text))[:NUM_LONGEST]
+    decoded = tokenizer.decode_batch(used[:, None].tolist(), skip_special_tokens=False)
+    lengths = sorted(map(len, decoded))
+    least = lengths[-NUM_LONGEST:][0] if lengths else 0
+    longest = [text for text in decoded if len(text) >= least]
+    return sorted(longest, key=lambda text: (-len(text), text))[:NUM_LONGEST]
 
 
 def _around_difference(wanted: str, got: str) -> dict[str, str]:
