@@ -16,11 +16,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from configs.errors import ConfigError
 from configs.schema import FinetuneConfig, PretrainConfig
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be used; the message lists every fault with its place and its cure."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> int:
         print(USAGE)
         return 0
     check_packages()
-    from configs.load import ConfigError
+    from configs.errors import ConfigError
 
     try:
         return dispatch(words)
@@ -52,7 +52,7 @@ def main(words: list[str] | None = None) -> int:
 
 def dispatch(words: list[str]) -> int:
     """Run one verb; returns its exit code. Raises ConfigError for what cannot be understood."""
-    from configs.load import ConfigError
+    from configs.errors import ConfigError
 
     words, num_ranks = take_ranks(words)
     match words:
@@ -75,7 +75,7 @@ def dispatch(words: list[str]) -> int:
 
 def take_ranks(words: list[str]) -> tuple[list[str], int | None]:
     """Split off `--ranks N`."""
-    from configs.load import ConfigError
+    from configs.errors import ConfigError
 
     if "--ranks" not in words:
         return words, None
