@@ -243,6 +243,7 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     every_steps: PositiveInt = 10  # lines on the terminal; metrics.jsonl has every step
     tensorboard: bool = True
+    trace: bool = False  # sample ids and a random number of each step and rank, in run_dir/trace
 
 
 class ZeroConfig(Section):

@@ -138,6 +138,18 @@ class Samples:
             for row in range(0, count, size):
                 yield self._unpadded({name: array[row : row + size] for name, array in arrays.items()})
 
+    def sample_ids(self, step: int, rank: int, world_size: int) -> list[list[int]]:
+        """[source, sample] of each sample of `micro_batches(step, rank, world_size)`, in order.
+
+        Sources count in the order of their names; samples are numbered within the split of a source.
+        """
+        share = self.config.train.global_batch_size // world_size
+        phase = self.phase_at(step)
+        first = (step - phase.first_step) * self.config.train.global_batch_size + rank * share
+        sources, numbers = self._chosen(phase, first, share)
+        of_sample = [0] * share if sources is None else sources.tolist()
+        return [list(pair) for pair in zip(of_sample, numbers.tolist(), strict=True)]
+
     def eval_batches(self, step: int, num_samples: int, rank: int, world_size: int) -> Iterator[Arrays]:
         """`rank`'s part of `num_samples` samples, the same ones at every call, with the seq_len of the step before.
 

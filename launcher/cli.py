@@ -24,6 +24,7 @@ usage: millstream VERB CONFIG [key=value ...]
   data import FORMAT SRC OUT   a dataset of megatron or mds -> a dataset directory (tokenizer=DIR)
   data export arrow DIR OUT    a dataset directory -> one that `datasets` loads
   pretrain CONFIG              train; goes on from the newest checkpoint of run_dir
+  prove resume CONFIG          kills and resumes a short run and compares it with an undisturbed one (steps=8)
   export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, weights=ema, output=DIR)
   finetune CONFIG              an exported directory -> a classifier
   config CONFIG [key ...]      effective values and where each comes from; --deepspeed: the generated JSON
@@ -66,6 +67,10 @@ def dispatch(words: list[str]) -> int:
             return start("pretrain.train", config, overrides, num_ranks)
         case ["finetune", config, *overrides]:
             return start("finetune.run", config, overrides, num_ranks)
+        case ["prove", "resume", config, *overrides]:
+            from launcher.prove import prove_resume
+
+            return prove_resume(config, overrides, num_ranks)
         case ["export", *rest] if rest:
             return run_module("pretrain.export", rest)
         case ["config", config, *rest]:

@@ -36,6 +36,7 @@ from pretrain.report import write_report
 from pretrain.runtime import Runtime, StopRequest
 from pretrain.saver import open_saver
 from pretrain.state import TrainState
+from pretrain.trace import write_trace
 
 
 def main() -> int:
@@ -102,6 +103,9 @@ def train_step(config: PretrainConfig, model: Any, data: Stream, step: int, rank
     """One optimizer step, from `step` to `step + 1`; returns its line for metrics.jsonl."""
     started = time.perf_counter()
     runtime.seed_all(config.train.seed, step, ranks.rank)  # dropout
+    if config.log.trace:
+        sample_ids = data.samples.sample_ids(step, ranks.rank, ranks.world_size)
+        write_trace(Path(config.run_dir), ranks.rank, step + 1, sample_ids)
     lr = learning_rate(step, config.train.num_steps, config.train.optimizer.lr, config.train.schedule)
     engine.set_lr(model, lr)
     model.train()
