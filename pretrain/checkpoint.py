@@ -69,7 +69,7 @@ def newest_valid(
     Damaged ones are named through `say` and passed over, never removed. With a `runtime` every rank calls it, and all
     get the same one: the first rank's list is taken, and they share the checking, see `open_checkpoint`.
     """
-    paths: Any = _step_directories(run_dir)
+    paths: Any = step_directories(run_dir)
     if runtime is not None:
         paths = runtime.gather(paths)[0]
     for path in reversed(paths):
@@ -118,13 +118,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError, and OSError, ValueError, KeyError or TypeError for what is no manifest at all.
     """
-    content = (path / "manifest.json").read_bytes()
+    return parse_manifest((path / "manifest.json").read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, place: str) -> dict[str, Any]:
+    """The manifest with this `content`, of the checkpoint at `place`; raises as `_read_manifest` does."""
     manifest: dict[str, Any] = json.loads(content)
     if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest['format']} is not the {FORMAT} this version reads")
+        raise CheckpointError(f"{place}: format {manifest['format']} is not the {FORMAT} this version reads")
     text = content[: content.rfind(b",")]
     if content != text + _last_line(text):
-        raise CheckpointError(f"{path}: manifest.json is damaged or was edited (its checksum does not fit)")
+        raise CheckpointError(f"{place}: manifest.json is damaged or was edited (its checksum does not fit)")
     return manifest
 
 
@@ -168,7 +172,7 @@ def _described(shape: tuple[int, ...] | None) -> str:
 
 def reader(checkpoint: Checkpoint) -> Callable[[str, str, int, int], torch.Tensor]:
     """A function (parameter, "master" or a state's key, start, length) -> flat fp32 tensor, from the pieces on disk."""
-    files = {name: safe_open(checkpoint.path / name, framework="pt") for name in _file_names(checkpoint)}
+    files = {name: safe_open(checkpoint.path / name, framework="pt") for name in file_names(checkpoint)}
 
     def read(parameter: str, key: str, start: int, length: int) -> torch.Tensor:
         if parameter not in checkpoint.pieces:
@@ -230,22 +234,30 @@ def commit(
     manifest = {**about, "files": {name: expected for name, (expected, _) in files.items()}, "parameters": parameters}
     text = json.dumps(manifest).removesuffix("}").encode()
     (aside / "manifest.json").write_bytes(text + _last_line(text))
-    _flush(aside / "manifest.json")
-    _flush(aside)
+    flush(aside / "manifest.json")
+    flush(aside)
+    give_name(aside, target)
+
+
+def give_name(aside: Path, target: Path) -> None:
+    """The last act of a checkpoint's making: all that lies in `aside` was flushed."""
     if target.exists():  # the same step once more, after a resume from an earlier one: the new one replaces it
         shutil.rmtree(target)
     aside.rename(target)
-    _flush(target.parent)
+    flush(target.parent)
 
 
-def remove_old(run_dir: Path, newest: int, config: CheckpointConfig) -> None:
+def remove_old(run_dir: Path, newest: int, config: CheckpointConfig, busy: Path | None = None) -> None:
     """Remove the checkpoints before step `newest`, which was just written, that `config` does not keep.
 
-    Those of later steps stay: they were found damaged when the run went on from an earlier one.
+    Those of later steps stay: they were found damaged when the run went on from an earlier one. So does `busy`, which
+    is being copied elsewhere.
     """
-    paths = {step: path for path in _step_directories(run_dir) if (step := _step_of(path)) <= newest}
+    paths = {step: path for path in step_directories(run_dir) if (step := step_of(path.name) or 0) <= newest}
     losses = {step: _eval_loss(path) for step, path in paths.items()} if config.keep_best else {}
     for step in paths.keys() - kept(list(paths), losses, config):
+        if paths[step] == busy:
+            continue
         aside = paths[step].with_name(f".removing-{paths[step].name}")
         paths[step].rename(aside)  # first, or a crash would leave half of it under its name
         shutil.rmtree(aside)
@@ -275,16 +287,19 @@ def _eval_loss(path: Path) -> float | None:
     return loss
 
 
-def _step_directories(run_dir: Path) -> list[Path]:
+def step_directories(run_dir: Path) -> list[Path]:
+    """What may be checkpoints of a run, the oldest first."""
     found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted((path for path in found if step_of(path.name) is not None), key=lambda path: step_of(path.name) or 0)
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def step_of(name: str) -> int | None:
+    """The step of the checkpoint of this name; None if no checkpoint is named so."""
+    match = re.fullmatch(r"step-(\d{8,})", name)
+    return int(match[1]) if match else None
 
 
-def _file_names(checkpoint: Checkpoint) -> set[str]:
+def file_names(checkpoint: Checkpoint) -> set[str]:
     return {piece["file"] for pieces in checkpoint.pieces.values() for piece in pieces}
 
 
@@ -310,7 +325,7 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -30,6 +30,7 @@ from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, Fragment
 from pretrain.runtime import Runtime
 from pretrain.state import TrainState
+from pretrain.upload import Uploader, wait_at_end
 
 BLOCK_BYTES = 1 << 24  # written and hashed at once, without holding the interpreter
 
@@ -60,6 +61,7 @@ class Saver:
         self._write: Write | None = None
         self._about: tuple[TrainState, dict[str, Any]] = (TrainState(), {})
         self._host: dict[tuple[str, str], torch.Tensor] = {}
+        self.uploader = Uploader(run_dir, config.upload) if config.upload and runtime.is_first else None
 
     @property
     def is_writing(self) -> bool:
@@ -110,7 +112,17 @@ class Saver:
             problem = _attempt(lambda: checkpoint.commit(aside, self._target, state, files, facts))
         self._agree(self.runtime.gather(problem))
         if self.runtime.is_first:
-            checkpoint.remove_old(self.run_dir, state.step, self.config)
+            self._remove_old(state.step)
+        if self.uploader is not None:
+            self.uploader.add(self._target)
+
+    def close(self) -> None:
+        """Finish the save that goes on, and wait for checkpoints on their way to an address; every rank calls it."""
+        self.finish()
+        if self.config.upload:
+            wait_at_end(self.uploader, self._about[0].step, self.runtime)
+            if self.runtime.is_first:
+                self._remove_old(self._about[0].step)  # what had to stay as long as it was on its way
 
     def wait(self) -> None:
         """Wait for this rank's write alone; what it wrote does not become a checkpoint."""
@@ -124,6 +136,13 @@ class Saver:
     @property
     def _aside(self) -> Path:
         return self._target.with_name(f".writing-{self._target.name}")
+
+    def _remove_old(self, newest: int) -> None:
+        if self.uploader is None:
+            checkpoint.remove_old(self.run_dir, newest, self.config)
+        else:
+            with self.uploader.changed:
+                checkpoint.remove_old(self.run_dir, newest, self.config, self.uploader.current)
 
     def _copied(self, piece: Fragment) -> Fragment:
         """The piece in this saver's own host memory: the next step changes the engine's."""
@@ -165,7 +184,7 @@ def open_saver(run_dir: Path, config: CheckpointConfig, runtime: Runtime) -> Ite
     except BaseException:
         saver.wait()
         raise
-    saver.finish()
+    saver.close()
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from configs.schema import PretrainConfig
 from data_pipeline.samples import tokens_before
 from data_pipeline.shards import DataError
 from data_pipeline.stream import Stream, open_stream
-from pretrain import checkpoint, engine, runtime
+from pretrain import checkpoint, engine, runtime, upload
 from pretrain.checkpoint import CheckpointError
 from pretrain.metrics import open_metrics
 from pretrain.models import build_model
@@ -144,8 +144,21 @@ def train_step(config: PretrainConfig, model: Any, data: Stream, step: int, rank
 def evaluate(config: PretrainConfig, model: Any, validation: Stream, step: int, ranks: Runtime) -> dict[str, float]:
     """Mean losses over the same held-out samples each time, as long as seq_len stays.
 
-    The perplexity is of the token loss, without NSP.
+    The perplexity is of the token loss, without NSP. `eval_ema_loss` is the loss of the average of the weights.
     """
+    losses = held_out_losses(config, model, validation, step, ranks)
+    token_loss = losses.get("loss_clm", losses.get("loss_mlm", losses["loss"]))
+    line = {"eval_perplexity": math.exp(min(token_loss, 700.0))}  # exp overflows beyond
+    if step > 0 and config.train.optimizer.ema_decay is not None:
+        with engine.averaged_weights(model):
+            line["eval_ema_loss"] = held_out_losses(config, model, validation, step, ranks)["loss"]
+    return {"step": step, **{f"eval_{name}": loss for name, loss in losses.items()}, **line}
+
+
+def held_out_losses(
+    config: PretrainConfig, model: Any, validation: Stream, step: int, ranks: Runtime
+) -> dict[str, float]:
+    """Mean losses of the weights as they are; names as those of a training step."""
     model.eval()
     totals: dict[str, Any] = {}
     counts: dict[str, Any] = {}
@@ -157,10 +170,7 @@ def evaluate(config: PretrainConfig, model: Any, validation: Stream, step: int, 
         for name, count in count_targets([batch]).items():
             counts[name] = counts.get(name, 0) + count
         ranks.mark("evaluate", step)  # for every batch: a long evaluation is no stall
-    losses = mean_losses(sum_over_ranks(totals, ranks), sum_over_ranks(counts, ranks))
-    token_loss = losses.get("loss_clm", losses.get("loss_mlm", losses["loss"]))
-    perplexity = {"eval_perplexity": math.exp(min(token_loss, 700.0))}  # exp overflows beyond
-    return {"step": step, **{f"eval_{name}": loss for name, loss in losses.items()}, **perplexity}
+    return mean_losses(sum_over_ranks(totals, ranks), sum_over_ranks(counts, ranks))
 
 
 def sum_over_ranks(values: dict[str, Any], ranks: Runtime) -> dict[str, float]:
@@ -194,11 +204,16 @@ def only_tokenizer_files(folder: str, names: list[str]) -> list[str]:
 def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, ranks: Runtime) -> TrainState:
     """Fill the model from the newest valid checkpoint and return its state; a new one where there is none."""
     say = print if ranks.is_first else lambda text: None
+    address = config.checkpoint.upload
     found = checkpoint.newest_valid(run_dir, say, ranks)
     if config.train.resume == "never":
         if found:
             raise ConfigError(f"train.resume=never, but {found.path} exists; choose another run_dir or resume=auto")
+        if address and (names := upload.list_steps(address, ranks)):
+            raise ConfigError(f"train.resume=never, but {address} has {names[-1]}; choose another one or resume=auto")
         return TrainState()
+    if found is None and address:
+        found = upload.fetch_newest(address, run_dir, say, ranks)
     if found is None:
         return TrainState()
     checkpoint.check_facts(found, data.facts(found.step))
