@@ -1,8 +1,9 @@
-"""The loss is the mean over the global batch's targets, however that is divided; label smoothing and z-loss."""
+"""The loss is the mean over the global batch's targets, however that is divided; what can be added to it."""
 
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from data_pipeline.shards import write_manifest, write_shard
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX
 from pretrain.models import build_model
 from pretrain.objective import count_targets, global_mean, mean_losses
-from tests.ranks import run_ranks
+from tests.ranks import finish, kill_when, run_ranks, start_ranks
 
 
 def batch(targets: list[int], **more) -> dict[str, torch.Tensor]:
@@ -115,34 +116,76 @@ def write_random_tokens(folder: Path) -> None:
         write_manifest(folder / split, [entry], 97, "none", "test")
 
 
+def small_run(tmp_path: Path, data: dict, train: dict, zero: dict) -> Path:
+    config = {
+        "run_dir": "unused",
+        "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 2},
+        "data": data,
+        "train": {"num_steps": 6, "seq_len": 32, "global_batch_size": 8, "micro_batch_size": 2} | train,
+        "eval": {"num_samples": 8},
+        "zero": zero,
+        "log": {"tensorboard": False},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "config.yaml"
+
+
+def words(config: Path, run_dir: Path, *overrides: str) -> list[str]:
+    return ["-m", "pretrain.train", "--config", str(config), f"run_dir={run_dir}", *overrides]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """metrics.jsonl without what is measured with a clock."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "step_seconds")} for line in lines]
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_label_smoothing_and_z_loss_on_two_ranks_are_those_of_one_process(tmp_path, stage):
     write_random_tokens(tmp_path / "data")
-    config = {
-        "run_dir": "unused",
-        "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 2},
-        "data": {"dir": str(tmp_path / "data")},
-        "train": {
-            "num_steps": 4, "seq_len": 32, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32",
-            "label_smoothing": 0.1, "z_loss": 0.01, "optimizer": {"lr": 0.01},
-        },
-        "eval": {"num_samples": 8},
-        "zero": {"stage": stage},
-        "log": {"tensorboard": False},
-    }  # fmt: skip
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    terms = {"precision": "fp32", "label_smoothing": 0.1, "z_loss": 0.01, "optimizer": {"lr": 0.01}}
+    config = small_run(tmp_path, {"dir": str(tmp_path / "data")}, terms, {"stage": stage})
     runs = []
     for num_ranks, micro in ((1, 8), (2, 2)):
         run_dir = tmp_path / f"run-{num_ranks}"
-        given = [f"run_dir={run_dir}", f"train.micro_batch_size={micro}"]
-        command = ["-m", "pretrain.train", "--config", str(tmp_path / "config.yaml"), *given]
+        command = words(config, run_dir, f"train.micro_batch_size={micro}")
         run_ranks(num_ranks, command, tmp_path / f"logs-{num_ranks}")
-        runs.append([json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()])
+        runs.append(metrics(run_dir))
     steps = [[line for line in run if "loss" in line] for run in runs]
     for name in ("loss", "loss_smoothed", "z_loss", "grad_norm"):
         np.testing.assert_allclose([line[name] for line in steps[1]], [line[name] for line in steps[0]], rtol=2e-5)
     assert all(line["loss"] != line["loss_smoothed"] for line in steps[0])
     for run in runs:  # the evaluation at the end
         assert not {"eval_loss_smoothed", "eval_z_loss"} & set(run[-1]) and "eval_loss" in run[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_killed_run_that_fills_in_the_middle_resumes_with_bitwise_the_same_metrics(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"text": " ".join(rng.choice(["sun", "river", "a", "stones"], 30))}) for _ in range(200)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    build = {
+        "sources": [str(tmp_path / "text.jsonl")], "validation_fraction": 0.1, "num_workers": 1,
+        "tokenizer": {"type": "byte_bpe", "vocab_size": 280, "fim_tokens": True},
+    }  # fmt: skip
+    data = {"dir": str(tmp_path / "data"), "build": build, "fim": {"probability": 0.9}}
+    config = small_run(tmp_path, data, {"num_steps": 12}, {})
+    run_ranks(1, ["-m", "data_pipeline.build", str(config)], tmp_path / "build-logs")
+    more = ("checkpoint.every_steps=2", "train.z_loss=0.001")
+    run_ranks(2, words(config, tmp_path / "whole", *more), tmp_path / "whole-logs")
+    run_ranks(2, words(config, tmp_path / "plain", "data.fim.probability=0", "train.num_steps=1"), tmp_path / "plain")
+    whole, plain = metrics(tmp_path / "whole"), metrics(tmp_path / "plain")
+    assert whole[0] == plain[0]  # what is evaluated is text as it is
+    assert whole[1]["loss"] != plain[1]["loss"]
+
+    run_dir = tmp_path / "killed"
+    processes = start_ranks(2, words(config, run_dir, *more), tmp_path / "killed-logs")
+    kill_when(processes, lambda: any(run_dir.glob("checkpoints/step-*/manifest.json")), signal.SIGKILL)
+    codes = finish(start_ranks(2, words(config, run_dir, *more, "data.fim.spm_share=0"), tmp_path / "changed-logs"))
+    assert codes == [2, 2]
+    assert "was written with fim={'probability': 0.9" in (tmp_path / "changed-logs/rank-0.log").read_text()
+    run_ranks(2, words(config, run_dir, *more), tmp_path / "killed-logs")
+    assert metrics(run_dir) == whole
