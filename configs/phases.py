@@ -50,7 +50,7 @@ class Ring:
     started: float  # seconds since 1970, as are the times below
     host: str
     num_marks: int
-    marks: tuple[tuple[float, int, str], ...]  # the newest CAPACITY ones, oldest first: time, step, phase
+    marks: tuple[tuple[float, int, str], ...]  # the newest ones, fewer than CAPACITY, oldest first: time, step, phase
 
     @property
     def since(self) -> float:
@@ -107,20 +107,27 @@ def no_mark(phase: str, step: int) -> None:
 
 
 def read_ring(path: Path) -> Ring | None:
-    """The ring at `path`; None if there is none or if it is none of ours."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    if len(content) != PAGE:
-        return None
-    words = memoryview(content).cast("q")
-    magic, rank, world_size, pid, main_thread, started, count = words[: COUNT + 1]
-    if magic != MAGIC:
-        return None
+    """The ring at `path`; None if there is none or if it is none of ours.
+
+    The rank goes on while its page is copied. Marks that it may have written over meanwhile are left out.
+    """
+    while True:
+        try:
+            content, after = path.read_bytes(), path.read_bytes()
+        except OSError:
+            return None
+        if len(content) != PAGE or len(after) != PAGE:
+            return None
+        words, count_after = memoryview(content).cast("q"), memoryview(after).cast("q")[COUNT]
+        magic, rank, world_size, pid, main_thread, started, count = words[: COUNT + 1]
+        if magic != MAGIC:
+            return None
+        kept = range(max(0, count_after + 1 - CAPACITY), count)
+        if kept or not count:
+            break
     host = bytes(words[HOST_WORDS]).rstrip(b"\0").decode(errors="replace")
     marks = []
-    for number in range(max(0, count - CAPACITY), count):
+    for number in kept:
         place = HEADER_WORDS + number % CAPACITY * 3
         marks.append((words[place] / 1e9, words[place + 1], PHASES[words[place + 2]]))
     return Ring(rank, world_size, pid, main_thread, started / 1e9, host, count, tuple(marks))
