@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForPreTraining, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, GPT2Config, GPT2LMHeadModel
 
 from configs.load import ConfigError
-from configs.schema import ModelConfig
-from data_pipeline import bert_rows
+from configs.schema import FimConfig, ModelConfig
+from data_pipeline import bert_rows, chance, fim, pack
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX
 from pretrain.models import build_model, gpt, hf
 from pretrain.models.bert import Bert
 from pretrain.models.gpt import GPT
-from pretrain.objective import count_targets
+from pretrain.objective import count_targets, global_mean
 
 GPT_CASES = [dict(n_layer=2, n_embd=48, n_head=3, vocab_size=97), dict(n_layer=3, n_embd=32, n_head=1, n_inner=40)]
 BERT_CASES = [
@@ -89,6 +90,58 @@ def test_bert_has_the_logits_loss_and_gradients_of_transformers(sizes):
     gradients = our_gradients(ours)
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
+
+
+def test_masked_words_alone_have_the_loss_and_gradients_of_transformers():
+    torch.manual_seed(1)
+    whole = BertForPreTraining(BertConfig(max_position_embeddings=40, **BERT_CASES[0])).eval()
+    theirs = BertForMaskedLM(whole.config).eval()
+    missing, unexpected = theirs.load_state_dict(whole.state_dict(), strict=False)
+    assert not missing and all("pooler" in name or "seq_relationship" in name for name in unexpected)
+    ours = with_weights_of(whole)
+    tokens = ids(97, 3, 33)
+    labels = torch.where(ids(5, 3, 33) == 0, tokens, IGNORE_INDEX)
+    batch = {"input_ids": tokens, "token_type_ids": torch.zeros_like(tokens), "labels": labels}
+    loss = global_mean(ours(**batch), count_targets([batch]))
+    expected = theirs(tokens, labels=labels)
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    expected.loss.backward()
+    gradients = {}
+    for name, parameter in ours.named_parameters():
+        if parameter.grad is not None:
+            gradients.update(hf.to_hf("bert", name, parameter.grad))
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
+    assert not any("pooler" in name or "seq_relationship" in name for name in gradients)
+
+
+def test_rows_filled_in_the_middle_have_the_loss_of_transformers_document_by_document():
+    """A row of three documents; the second and third, rearranged by hand, are what transformers sees one by one."""
+    torch.manual_seed(1)
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=40, **GPT_CASES[0])).eval()
+    prefix_id, middle_id, suffix_id, end = sentinels = fim.FimIds(1, 2, 3, 0)
+    tokens = np.arange(10, 51)[None]
+    tokens[0, [3, 22]] = end  # documents of 4 tokens, too short to be rearranged, of 19, and of 18 that go on
+    made = fim.fill_in_rows(
+        pack.gpt_rows(tokens, np.zeros(2, int), np.array([4, 23])), chance.row_keys(3, np.array([5])),
+        FimConfig(probability=1.0, spm_share=0.0), sentinels,
+    )  # fmt: skip
+    row = [*made["input_ids"][0].tolist(), int(made["labels"][0, -1])]
+    loss = with_weights_of(theirs)(**{name: torch.from_numpy(array) for name, array in made.items()})["clm"]
+    expected = torch.zeros(())
+    for start, stop, kept in ((0, 4, None), (4, 23, 15), (23, 41, 15)):
+        document = tokens[0, start:stop].tolist()
+        if kept is not None:
+            text, ended = document[:kept], [end] if document[-1] == end else []
+            first = row[start:stop].index(suffix_id) - 1
+            second = first + stop - start - len(ended) - 1 - row[start:stop].index(middle_id)
+            parts = [prefix_id, *text[:first], suffix_id, *text[second:], middle_id, *text[first:second], *ended]
+            assert row[start:stop] == parts
+            document = parts
+        ids_of_one = torch.tensor([document])
+        expected = expected + theirs(ids_of_one, labels=ids_of_one).loss * (len(document) - 1)
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_golden_gpt2_of_transformers_gives_its_recorded_logits_loss_and_gradients(shared_data):
