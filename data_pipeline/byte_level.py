@@ -50,7 +50,12 @@ _LAST_TWO = np.array([int.from_bytes(c.encode(), "big") for c in _SPACES if len(
 def byte_level_encoder(tokenizer: Tokenizer, layout: dict[str, Any], dtype: np.dtype) -> EncodeFlat | None:
     """An encoder with the ids of `tokenizer`, or None where `layout`, tokenizer.json, does not make that certain."""
     ranks = tiktoken_ranks(tokenizer, layout)
-    return None if ranks is None else chunked_encoder(cut, ChunkTable(_BytePairs(ranks).ids_of, dtype))
+    return None if ranks is None else ranked_encoder(ranks, dtype)
+
+
+def ranked_encoder(ranks: dict[bytes, int], dtype: np.dtype) -> EncodeFlat:
+    """The encoder of a tokenizer with these `tiktoken_ranks`."""
+    return chunked_encoder(cut, ChunkTable(_BytePairs(ranks).ids_of, dtype))
 
 
 def tiktoken_ranks(tokenizer: Tokenizer, layout: dict[str, Any]) -> dict[bytes, int] | None:

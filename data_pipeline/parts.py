@@ -11,6 +11,7 @@ number of workers, and so does everything that is made from parts.
         clean/part-00000.*        cleaned text, signatures for finding duplicates, what each stage did
         duplicates/               which documents of each part are duplicates
         tokenizer/                the tokenizer's files
+        encoder.json              what workers make its encoder of, see passes.make_tokenizer
         tokens/part-00000.tokens  token ids and document lengths of both splits
         dataset/                  the finished shards, renamed to NAME at the end
 """
@@ -29,7 +30,7 @@ from configs.schema import BuildConfig, CleanConfig, PretrainConfig
 from data_pipeline.shards import writing
 from data_pipeline.sources import DOCSTRINGS, Piece
 
-LAYOUT = 2  # of the working directory; what another version has left is not gone on with
+LAYOUT = 3  # of the working directory; what another version has left is not gone on with
 SMALLEST_PART_BYTES, LARGEST_PART_BYTES = 2 << 20, 256 << 20  # of text
 NUM_PARTS = 128  # of a corpus between those two sizes: enough for an even load, few enough for few files
 MOST_PIECES = 1 << 14  # of a part: opening that many small files takes a few seconds, and their names a few MB
@@ -102,6 +103,10 @@ class Plan:
     @property
     def tokenizer_dir(self) -> Path:
         return self.work / "tokenizer"
+
+    @property
+    def encoder(self) -> Path:
+        return self.work / "encoder.json"
 
     @property
     def tokenizer_report(self) -> Path:

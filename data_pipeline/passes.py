@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from itertools import chain
@@ -21,13 +22,14 @@ import zstandard
 
 from configs.schema import BuildConfig, CleanConfig
 from data_pipeline import tokenizer as tokenizers
+from data_pipeline.byte_level import ranked_encoder
 from data_pipeline.clean import Stage, clean, make_stages
 from data_pipeline.encode import EncodeFlat
 from data_pipeline.minhash import signature_dtype, signatures
 from data_pipeline.part_text import Report, read_clean, read_parts, sample_texts, split, write_json
 from data_pipeline.part_tokens import read_documents, read_index, write_index, write_tokens
 from data_pipeline.parts import SPLITS, Plan, fields_of, load_plan
-from data_pipeline.shards import write_shard, writing
+from data_pipeline.shards import token_dtype, write_shard, writing
 from data_pipeline.sources import Document, scan
 from data_pipeline.tally import Tally
 from data_pipeline.tokenizer_report import tokenizer_report
@@ -92,21 +94,37 @@ def token_parts(work: Path, numbers: list[int]) -> None:
         sources = ((number, read_clean(plan, number), None) for number in numbers)
     else:
         sources = read_parts(plan, numbers)
-    for number, documents, report in sources:
-        tally = Tally()
-        sample: list[str] = []  # for the tokenizer's report
-        room = REPORTED_CHARACTERS // len(plan.sampled) if number in plan.sampled else 0
-        texts = _splits(documents, plan.config.data.build, plan.is_held_out(number), tally)
-        with writing(plan.tokens(number)) as file:
-            index = write_tokens(file, _tokenized(_sampling(texts, room, sample), encode, end, tally))
-            index |= {"tally": tally.to_json(), "sample": sample}
-            if report is not None:
-                report.write(plan.report(number))
-            write_index(file, index)
+    with ThreadPoolExecutor(1) as disk:  # brings a part to the disk while the next one is tokenized
+        last: Future[None] | None = None
+        for number, documents, report in sources:
+            tally = Tally()
+            sample: list[str] = []  # for the tokenizer's report
+            room = REPORTED_CHARACTERS // len(plan.sampled) if number in plan.sampled else 0
+            texts = _splits(documents, plan.config.data.build, plan.is_held_out(number), tally)
+            with ExitStack() as files:
+                file = files.enter_context(writing(plan.tokens(number)))
+                index = write_tokens(file, _tokenized(_sampling(texts, room, sample), encode, end, tally))
+                write_index(file, index | {"tally": tally.to_json(), "sample": sample})
+                if last is not None:
+                    last.result()
+                last = disk.submit(_finish_part, files.pop_all(), report, plan.report(number))
+        if last is not None:
+            last.result()
+
+
+def _finish_part(files: ExitStack, report: Report | None, path: Path) -> None:
+    """Write the report, if there is one, then let the part's files appear."""
+    with files:
+        if report is not None:
+            report.write(path)
 
 
 def make_tokenizer(work: Path) -> None:
-    """Load or train the tokenizer; its folder in the working directory is complete or not there."""
+    """Load or train the tokenizer; its folder in the working directory is complete or not there.
+
+    encoder.json, written before: the id that ends a document, the number of ids, and the tokens that tiktoken would
+    need, as latin-1, with their ids; None if tiktoken is not certain to give the same ids. So workers do not prove it.
+    """
     plan = load_plan(work)
     settings, train = plan.config.data.build.tokenizer, plan.config.train
     aside = work / ".writing-tokenizer"
@@ -116,6 +134,11 @@ def make_tokenizer(work: Path) -> None:
     tokenizer = tokenizers.make_tokenizer(settings, sample_texts(plan, settings.sample_bytes), aside)
     longest = max([train.seq_len, *(phase.seq_len for phase in train.phases)])
     tokenizers.save_tokenizer(tokenizer, aside, plan.config.model.max_seq_len or longest)
+    end = None if plan.config.model.architecture == "bert" else tokenizers.end_of_text_id(tokenizer)
+    ranks = tokenizers.proven_ranks(tokenizer)
+    by_text = None if ranks is None else {token.decode("latin-1"): number for token, number in ranks.items()}
+    with writing(plan.encoder) as file:
+        file.write(orjson.dumps({"end": end, "num_ids": tokenizers.num_ids(tokenizer), "ranks": by_text}))
     aside.rename(plan.tokenizer_dir)
 
 
@@ -257,15 +280,17 @@ def _stages(config: str) -> list[Stage]:
 
 
 def _encoder_of(plan: Plan) -> tuple[EncodeFlat, int | None]:
-    made_at = (plan.tokenizer_dir / "tokenizer.json").stat().st_mtime_ns
-    return _encoder(plan.tokenizer_dir, made_at, plan.config.model.architecture == "bert")
+    return _encoder(plan.encoder, plan.encoder.stat().st_mtime_ns, plan.tokenizer_dir)
 
 
 @lru_cache(maxsize=1)
-def _encoder(tokenizer_dir: Path, made_at: int, is_bert: bool) -> tuple[EncodeFlat, int | None]:
+def _encoder(file: Path, made_at: int, tokenizer_dir: Path) -> tuple[EncodeFlat, int | None]:
     """The encoder of a tokenizer's folder and the id that ends a document; made once in every worker.
 
-    made_at: the time of the folder's tokenizer, for a process that sees several builds.
+    made_at: the time of `file`, see `make_tokenizer`, for a process that sees several builds.
     """
-    tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
-    return tokenizers.flat_encoder(tokenizer), None if is_bert else tokenizers.end_of_text_id(tokenizer)
+    content = orjson.loads(file.read_bytes())
+    if content["ranks"] is None:
+        return tokenizers.flat_encoder(tokenizers.load_tokenizer(tokenizer_dir)), content["end"]
+    ranks = {token.encode("latin-1"): number for token, number in content["ranks"].items()}
+    return ranked_encoder(ranks, token_dtype(content["num_ids"])), content["end"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,6 +216,22 @@ def test_groups_of_files_hold_every_file_once_and_end_at_size_number_and_held_ou
     for first, after in groups:
         assert 0 < after - first <= 7 and sum(sizes[first : after - 1]) < 100
         assert first >= num_own or after <= num_own
+
+
+@pytest.mark.parametrize(
+    ("files", "size", "expected"),
+    [
+        (["a.jsonl", "b.jsonl"], 60 << 20, True),
+        (["a.jsonl", "b.jsonl"], 70 << 20, False),
+        (["a.jsonl.zst", "b.jsonl.zst"], 60 << 20, False),
+        (["a.jsonl", "https://server/b.jsonl"], 1, False),
+        ([f"{n}.jsonl" for n in range(1001)], 1, False),
+    ],
+    ids=["little text", "much text", "much text when it is decompressed", "on a server", "many files"],
+)
+def test_little_text_is_scanned_without_workers(files, size, expected):
+    sizes = array("Q", [size] * len(files))
+    assert corpus.is_small(Corpus(files, len(files), sizes, array("Q"), "")) == expected
 
 
 def test_state_of_the_files_decides_what_a_build_is_of(config, tmp_path):

@@ -22,6 +22,8 @@ from data_pipeline.part_text import read_parts, split
 from data_pipeline.part_tokens import read_documents, read_index
 from data_pipeline.parts import Plan, save_plan
 from data_pipeline.sources import scan
+from data_pipeline.store import WRITING
+from data_pipeline.tokenizer import encoder, end_of_text_id, load_tokenizer
 from tests.conftest import ROOT
 
 
@@ -98,6 +100,41 @@ def plan_with_wordpiece(plan: Plan) -> Plan:
     plan.save()
     passes.make_tokenizer(plan.work)
     return plan
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "characters", "unigram"])
+def test_workers_give_the_ids_of_the_tokenizer_they_are_told_of(tmp_path, kind):
+    texts = [f"Document {n}: it's <|endoftext|> or naïve\n\n  {n * 7919}" for n in range(60)]
+    plan = plan_of(tmp_path, {"a.jsonl": lines(*texts)}, 1 << 20, tokenizer={"type": kind, "vocab_size": 280})
+    passes.make_tokenizer(plan.work)
+    assert (json.loads(plan.encoder.read_bytes())["ranks"] is not None) == (kind == "byte_bpe")
+    passes.token_parts(plan.work, [0])
+    tokenizer = load_tokenizer(plan.tokenizer_dir)
+    expected = [[*ids.tolist(), end_of_text_id(tokenizer)] for ids in encoder(tokenizer)(texts)]
+    found = [
+        tokens.tolist()
+        for name in ("train", "validation")
+        for flat, lengths in read_documents(plan.tokens(0), name, 0, len(texts))
+        for tokens in np.split(flat, np.cumsum(lengths)[:-1])
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_part_whose_report_cannot_be_written_fails_the_pass_and_is_not_there(tmp_path, monkeypatch):
+    plan = plan_of(tmp_path, {"a.jsonl": lines(*(f"document {n}" for n in range(60)))}, 500)
+    passes.make_tokenizer(plan.work)
+    real = part_text.Report.write
+
+    def full(report: part_text.Report, path: Path) -> None:
+        if path == plan.report(1):
+            raise OSError("no space left")
+        real(report, path)
+
+    monkeypatch.setattr(part_text.Report, "write", full)
+    with pytest.raises(OSError, match="no space left"):
+        passes.token_parts(plan.work, list(range(plan.num_parts)))
+    assert plan.tokens(0).exists() and not plan.tokens(1).exists()
+    assert not [path for path in plan.tokens(0).parent.iterdir() if path.name.startswith(WRITING)]
 
 
 def test_parts_that_are_there_are_not_made_again(tmp_path):
