@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.kernels.attention import attention
-from pretrain.kernels.linear_cross_entropy import linear_cross_entropy
+from pretrain.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses
 
 # batch, heads, seq, head_dim, causal
 ATTENTION_SHAPES = [(32, 2, 128, 64, False), (8, 6, 512, 64, True), (8, 12, 512, 64, False), (8, 12, 1024, 64, True)]
@@ -36,6 +36,8 @@ def main() -> None:
     for loss_shape in LOSS_SHAPES:
         inputs, contestants = loss_contestants(*loss_shape)
         print(row("output layer and loss", loss_shape, inputs, contestants, rounds), flush=True)
+        inputs, contestants = loss_contestants(*loss_shape, label_smoothing=0.1, z_loss=1e-4)
+        print(row("with label smoothing and z-loss", loss_shape, inputs, contestants, rounds), flush=True)
 
 
 def attention_contestants(batch: int, heads: int, seq: int, head_dim: int, causal: bool):
@@ -48,7 +50,7 @@ def attention_contestants(batch: int, heads: int, seq: int, head_dim: int, causa
     return inputs, contestants
 
 
-def loss_contestants(rows: int, hidden_size: int, vocab: int):
+def loss_contestants(rows: int, hidden_size: int, vocab: int, label_smoothing: float = 0.0, z_loss: float = 0.0):
     hidden = torch.randn(rows, hidden_size, dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(vocab, hidden_size) * 0.02).bfloat16().requires_grad_()
     labels = torch.randint(vocab, (rows,))
@@ -56,7 +58,18 @@ def loss_contestants(rows: int, hidden_size: int, vocab: int):
         "torch": lambda: F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum"),
         "ours": lambda: linear_cross_entropy(hidden, weight, None, labels),
     }
+    if label_smoothing or z_loss:
+        contestants = {
+            "torch": lambda: torch_losses(hidden, weight, labels, label_smoothing, z_loss),
+            "ours": lambda: linear_token_losses(hidden, weight, None, labels, label_smoothing, z_loss).minimised,
+        }
     return [hidden, weight], contestants
+
+
+def torch_losses(hidden, weight, labels, label_smoothing: float, z_loss: float) -> torch.Tensor:
+    logits = F.linear(hidden, weight).float()
+    smoothed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    return smoothed + z_loss * logits.logsumexp(1).square().sum()
 
 
 def row(name: str, shape: tuple[int, ...], inputs: list[torch.Tensor], contestants: Contestants, rounds: int) -> str:
