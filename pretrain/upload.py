@@ -9,13 +9,10 @@ tried again, then told as an incident, and never stops the run. Nothing is ever 
 
 from __future__ import annotations
 
-import re
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from data_pipeline import remote_sources
 from data_pipeline.errors import DataError
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoint, CheckpointError
+from pretrain.copies import bring, described, on_first
 from pretrain.runtime import Runtime
 
 WAITS_SECONDS = (1, 4, 16, 64)  # before each new attempt at a file
@@ -70,7 +68,7 @@ class Uploader:
             try:
                 self._upload(path)
             except Exception as error:  # nothing that happens here is worth the run
-                self.tell("upload_failed", path, f"was not copied to {self.address} ({_said(error)})")
+                self.tell("upload_failed", path, f"was not copied to {self.address} ({described(error)})")
             with self.changed:
                 self.current = None
 
@@ -170,7 +168,7 @@ def list_steps(address: str, runtime: Runtime) -> list[str]:
         steps = {step: name for name in names if (step := checkpoint.step_of(name)) is not None}
         return [steps[step] for step in sorted(steps)]
 
-    return _on_first(address, lambda: remote_sources.attempt(root, listed), runtime)
+    return on_first(address, lambda: remote_sources.attempt(root, listed), runtime)
 
 
 def filesystem(address: str) -> Any:
@@ -190,86 +188,27 @@ def filesystem(address: str) -> Any:
 
 def _fetch(source: str, target: Path, say: Callable[[str], None], runtime: Runtime) -> Checkpoint:
     files = filesystem(source)
-    aside = target.with_name(f".writing-{target.name}")
 
     def manifest() -> bytes | None:
         try:
             content: bytes = remote_sources.attempt(source, lambda: files.cat_file(f"{source}/{MANIFEST}"))
+            return content
         except DataError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return None
             raise
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        return content
 
-    content: bytes | None = _on_first(source, manifest, runtime)
-    if content is None:
-        raise CheckpointError(f"{source}: is unfinished (has no {MANIFEST})")
-    names = sorted(checkpoint.parse_manifest(content, source)["files"])
-    if not all(re.fullmatch(r"rank-\d{5,}\.safetensors", name) for name in names):
-        raise CheckpointError(f"{source}: its {MANIFEST} names files that are none of a checkpoint: {names}")
-    say(f"getting {source}")
-    # The ranks share the files, as they share checking them; each gets its own in a thread and goes on making marks.
-    getting = _Getting(files, source, aside, names[runtime.rank :: runtime.world_size])
-    getting.start()
-    while runtime.any(getting.is_alive())[0]:
-        runtime.mark("start", 0)
-        time.sleep(POLL_SECONDS)
-    _agree(source, getting.problem, runtime)
-    _on_first(source, lambda: (aside / MANIFEST).write_bytes(content), runtime)
-    try:
-        found = checkpoint.open_checkpoint(aside, runtime)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    _on_first(source, lambda: checkpoint.give_name(aside, target), runtime)
-    return replace(found, path=target)
-
-
-class _Getting(threading.Thread):
-    def __init__(self, files: Any, source: str, aside: Path, names: list[str]) -> None:
-        super().__init__(name="download", daemon=True)
-        self.files, self.source, self.aside, self.names = files, source, aside, names
-        self.problem: str | None = None
-
-    def run(self) -> None:
+    def get(name: str, path: Path) -> None:
         try:
-            for name in self.names:
-                self._get(f"{self.source}/{name}", self.aside / name)
-        except Exception as error:  # whatever it is, the other ranks have to hear of it
-            self.problem = _said(error)
-
-    def _get(self, url: str, path: Path) -> None:
-        try:
-            remote_sources.attempt(url, lambda: self.files.get_file(url, str(path)))
+            remote_sources.attempt(f"{source}/{name}", lambda: files.get_file(f"{source}/{name}", str(path)))
         except DataError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             return  # the check will name it: this checkpoint is damaged, an earlier one may do
         checkpoint.flush(path)
 
-
-def _on_first(address: str, action: Callable[[], Any], runtime: Runtime) -> Any:
-    """What `action` gives on the first rank, on every rank; what it raises is raised on every rank, as ConfigError."""
-    value, problem = None, None
-    if runtime.is_first:
-        try:
-            value = action()
-        except (OSError, DataError) as error:
-            problem = _said(error)
-    _agree(address, problem, runtime)
-    return runtime.gather(value)[0]
-
-
-def _agree(address: str, problem: str | None, runtime: Runtime) -> None:
-    """Raise on every rank if any rank had a problem."""
-    problems = [found for found in runtime.gather(problem) if found is not None]
-    if problems:
-        raise ConfigError(
-            f"checkpoint.upload: the checkpoints at {address} cannot be brought here ({problems[0]}). Start the same "
-            f"command again when that is mended, or give another address to start anew"
-        )
-
-
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, (DataError, CheckpointError)) else f"{type(error).__name__}: {error}"
+    content: bytes | None = on_first(source, manifest, runtime)
+    if content is None:
+        raise CheckpointError(f"{source}: is unfinished (has no {MANIFEST})")
+    say(f"getting {source}")
+    return bring(source, content, get, lambda names: names[runtime.rank :: runtime.world_size], target, runtime)
