@@ -88,7 +88,7 @@ def make_rows(
     else:
         row, maskable = _pairs(dataset, samples, lengths, chances[1:], vocabulary, masking.pairs == "sop", seq_len)
     ids = row["input_ids"]
-    continues = vocabulary.continues_word[ids] if masking.unit != "token" else np.zeros_like(maskable)
+    continues = vocabulary.continues_word.take(ids) if masking.unit != "token" else np.zeros_like(maskable)
     row["input_ids"], row["labels"] = mask.mask_rows(
         ids, maskable, continues, keys, masking, vocabulary.mask_id, vocabulary.ordinary_ids
     )
@@ -191,8 +191,11 @@ def _longest_documents(document_starts: np.ndarray, shape: tuple[int, int]) -> S
     num_rows, width = shape
     total = num_rows * width
     row_starts = np.arange(0, total, width)
-    edges = np.sort(np.concatenate([row_starts, document_starts]))  # a row that starts with a document: twice
-    sizes = np.diff(edges, append=total)
+    edges = np.concatenate([row_starts, document_starts])
+    edges.sort()  # a row that starts with a document: twice
+    sizes = np.full_like(edges, total)
+    sizes[:-1] = edges[1:]
+    sizes -= edges
     ranks = sizes * total + (total - 1 - edges)
     size, rest = np.divmod(np.maximum.reduceat(ranks, np.searchsorted(edges, row_starts)), total)
     return total - 1 - rest, size
@@ -217,24 +220,24 @@ def _lay_out(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """[CLS] a [SEP] (b [SEP]) and padding, and which places hold text; arrays of (n, seq_len), the latter bool."""
     places = np.arange(seq_len)
+    rows = np.arange(len(a[0]))
     source = a[0][:, None] - 1  # + place: where a token of `a` comes from
-    end_of_a = end = 1 + a[1][:, None]  # the place of its [SEP]
-    in_b = places > end_of_a
+    end_of_a = end = 1 + a[1]  # the place of its [SEP]
+    in_b = places > end_of_a[:, None]
     if b is not None:
-        end = end_of_a + 1 + b[1][:, None]
-        source = np.where(in_b, b[0][:, None] - 1 - end_of_a, source)
-    real = places <= end
-    maskable = real & (places != end_of_a) & (places != end)
-    maskable[:, 0] = False
-    ids = np.where(maskable, tokens.ravel().take(source + places, mode="clip"), 0).astype(np.int64)
+        end = end_of_a + 1 + b[1]
+        source = np.where(in_b, (b[0] - 1 - end_of_a)[:, None], source)
+    real = places <= end[:, None]
+    maskable = real.copy()
+    maskable[:, 0] = maskable[rows, end_of_a] = maskable[rows, end] = False
+    ids = (tokens.ravel().take(source + places, mode="clip") * maskable).astype(np.int64)
     ids[:, 0] = vocabulary.cls_id
-    rows = np.arange(len(ids))
-    ids[rows, end_of_a[:, 0]] = ids[rows, end[:, 0]] = vocabulary.sep_id
+    ids[rows, end_of_a] = ids[rows, end] = vocabulary.sep_id
     row: dict[str, np.ndarray] = {
         "input_ids": ids,
         "token_type_ids": (in_b & real).astype(np.int64),
         "segment_ids": real.astype(np.int32),
-        "position_ids": np.broadcast_to(places, ids.shape).copy(),
+        "position_ids": places[None].repeat(len(ids), axis=0),
     }
     return row, maskable
 

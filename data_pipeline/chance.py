@@ -32,6 +32,10 @@ def uniform(keys: np.ndarray | np.uint64, counters: np.ndarray) -> np.ndarray:
 
 def mix(values: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser: a bijection of uint64 that flips each bit of its result with probability 1/2."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed = values >> np.uint64(30)
+    mixed ^= values
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed

@@ -57,12 +57,13 @@ def mask_rows(
         sharers = None
     places = np.flatnonzero(chosen)  # (targets,) of all rows
     rows, columns = np.divmod(places, ids.shape[1])
-    fate = chance.uniform(keys[rows], FATE + (columns if sharers is None else sharers.ravel()[places]))
+    fates = columns if sharers is None else sharers.ravel()[places]
+    # both at once, though few tokens become random ones: the second call would cost more than the numbers
+    fate, drawn = chance.uniform(keys[rows], np.stack([FATE + fates, TOKEN + columns]))
     labels.ravel()[places] = ids.ravel()[places]
     masked.ravel()[places[fate < masking.mask_share]] = mask_id
-    at_random = (fate >= masking.mask_share) & (fate < masking.mask_share + masking.random_share)
-    drawn = chance.uniform(keys[rows[at_random]], TOKEN + columns[at_random])
-    masked.ravel()[places[at_random]] = random_ids[(drawn * len(random_ids)).astype(np.int64)]
+    at_random = np.flatnonzero((fate >= masking.mask_share) & (fate < masking.mask_share + masking.random_share))
+    masked.ravel()[places[at_random]] = random_ids[(drawn[at_random] * len(random_ids)).astype(np.int64)]
     return masked, labels
 
 
@@ -87,8 +88,10 @@ def _choose(candidates: np.ndarray, num_chosen: np.ndarray, keys: np.ndarray) ->
     """`num_chosen` (n,) of each row's candidates (n, width), as (n, width) bool: those with the smallest numbers."""
     places = np.arange(candidates.shape[1])
     numbers = chance.bits(keys[:, None], CHOICE + places)
-    numbers = numbers & ~np.uint64(2**20 - 1) | places.astype(np.uint64)  # no two are equal
-    ordered = np.sort(np.where(candidates, numbers, LAST), axis=1)
+    numbers &= ~np.uint64(2**20 - 1)
+    numbers |= places.astype(np.uint64)  # no two are equal
+    ordered = np.where(candidates, numbers, LAST)
+    ordered.sort(axis=1)
     largest = ordered[np.arange(len(ordered)), np.maximum(num_chosen, 1) - 1]
     return candidates & (numbers <= largest[:, None])
 
