@@ -104,8 +104,8 @@ def measure(folder: Path, layers: int, saves: int) -> None:
                     engine.backward(model, loss / (config.train.global_batch_size * CONTEXT))
                     model.step()
                 kind = "writing" if goes_on else "usual"
-                (goes_on,) = ranks.any(saver.is_writing)
-                saver.hear(goes_on, False)
+                goes_on, *others = ranks.any(*saver.flags)
+                saver.hear(goes_on, *others)
                 if step % EVERY_STEPS == 0:
                     saver.save(TrainState(step, step), engine.fragments(model), {})
                     goes_on, kind = is_background, "background" if is_background else "at once"

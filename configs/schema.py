@@ -238,7 +238,8 @@ class CheckpointConfig(Section):
     keep_every_steps: PositiveInt | None = None  # those of steps that are multiples of it are never removed
     keep_best: Annotated[int, Field(ge=0)] = 0  # so many with the lowest eval_loss stay too
     background: bool = True  # written while the run goes on, from a copy in host memory; see docs/resuming.md
-    # s3://BUCKET/FOLDER, https://... or another address of fsspec: finished ones are copied there, see docs/resuming.md
+    local_dir: str | None = None  # on a disk of each node: written there first, then copied to run_dir
+    # s3://BUCKET/FOLDER, https://... or another address of fsspec: finished ones are copied there
     upload: Annotated[str, Field(pattern=r"^[a-z0-9+]+://.")] | None = None
 
 

@@ -70,7 +70,8 @@ def run_and_compare(
 ) -> int:
     middle = num_steps // 2
     own = [f"checkpoint.every_steps={middle}", "checkpoint.background=false", "log.trace=true", "train.resume=auto"]
-    own += ["checkpoint.upload=null"]  # what the user has at that address is neither read nor changed
+    # What the user has at that address and on the nodes' disks is neither read nor changed.
+    own += ["checkpoint.upload=null", "checkpoint.local_dir=null"]
     words = ["--config", file, *overrides, *own]
 
     undisturbed, resumed, elsewhere = (folder / name for name in ("undisturbed", "resumed", "elsewhere"))

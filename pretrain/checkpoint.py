@@ -216,16 +216,23 @@ def layout(pieces: list[Fragment]) -> dict[str, Any]:
 
 
 def commit(
-    aside: Path, target: Path, state: TrainState, files: dict[str, tuple[dict[str, Any], Any]], facts: dict[str, Any]
+    aside: Path,
+    target: Path,
+    state: TrainState,
+    files: dict[str, tuple[dict[str, Any], Any]],
+    facts: dict[str, Any],
+    all_here: bool = True,
 ) -> None:
     """Make a checkpoint of the directory `aside`, in which all ranks have written: the manifest, flushed, and its name.
 
     `files` has each rank's file, in the order of ranks: its size and hash, and the `layout` of its pieces. Raises
-    CheckpointError if one is not there, as when ranks do not share the file system.
+    CheckpointError if one is not there, as when ranks do not share the file system; a node's own disk, which they do
+    not share, has not `all_here`.
     """
     parameters: dict[str, Any] = {}
     for name, (expected, pieces) in files.items():
-        _check_size(aside / name, expected)
+        if all_here:
+            _check_size(aside / name, expected)
         for parameter, piece in pieces.items():
             entry = parameters.setdefault(parameter, {"shape": piece["shape"], "pieces": []})
             if piece["length"]:
@@ -256,11 +263,21 @@ def remove_old(run_dir: Path, newest: int, config: CheckpointConfig, busy: Path 
     paths = {step: path for path in step_directories(run_dir) if (step := step_of(path.name) or 0) <= newest}
     losses = {step: _eval_loss(path) for step, path in paths.items()} if config.keep_best else {}
     for step in paths.keys() - kept(list(paths), losses, config):
-        if paths[step] == busy:
-            continue
-        aside = paths[step].with_name(f".removing-{paths[step].name}")
-        paths[step].rename(aside)  # first, or a crash would leave half of it under its name
-        shutil.rmtree(aside)
+        if paths[step] != busy:
+            _remove(paths[step])
+
+
+def remove_all_but(run_dir: Path, steps: set[int]) -> None:
+    """Remove all checkpoints but those of `steps`."""
+    for path in step_directories(run_dir):
+        if step_of(path.name) not in steps:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    aside = path.with_name(f".removing-{path.name}")
+    path.rename(aside)  # first, or a crash would leave half of it under its name
+    shutil.rmtree(aside)
 
 
 def kept(steps: list[int], losses: dict[int, float | None], config: CheckpointConfig) -> set[int]:

@@ -5,6 +5,7 @@ What arrives is checked as a whole before it gets its name, so a bad copy is nev
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import threading
@@ -14,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from configs.load import ConfigError
 from data_pipeline.errors import DataError
 from pretrain import checkpoint
@@ -21,6 +24,7 @@ from pretrain.checkpoint import Checkpoint, CheckpointError
 from pretrain.runtime import Runtime
 
 POLL_SECONDS = 0.2
+BLOCK_BYTES = 1 << 24
 
 
 class _Getting(threading.Thread):
@@ -73,6 +77,22 @@ def bring(
         raise CheckpointError(f"{source}: {error}") from error
     on_first(source, lambda: checkpoint.give_name(aside, target), runtime)
     return replace(found, path=target)
+
+
+def copy_file(source: Path, target: Path, expected: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Copy a file, flushed to disk; returns its size and hash. Raises OSError if they are not those `expected`."""
+    digest, num_bytes = xxhash.xxh3_128(), 0
+    with source.open("rb", buffering=0) as file, target.open("wb", buffering=0) as copy:
+        while block := memoryview(file.read(BLOCK_BYTES) or b""):
+            digest.update(block)
+            num_bytes += len(block)
+            while block:  # a disk that gets full takes a part first, and the rest with an error
+                block = block[copy.write(block) :]
+        os.fsync(copy.fileno())
+    entry = {"bytes": num_bytes, "xxh3_128": digest.hexdigest()}
+    if expected not in (None, entry):
+        raise OSError(f"{source}: is damaged ({entry}, {expected} was written)")
+    return entry
 
 
 def on_first(source: str, action: Callable[[], Any], runtime: Runtime) -> Any:

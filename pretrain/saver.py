@@ -8,6 +8,9 @@ the earlier checkpoints and a hidden leftover.
 
 The price is host memory for one copy of what the rank saves, 12 bytes per parameter with AdamW divided by the number of
 ranks; it is kept from one save to the next. One write goes on at a time: a save that is due meanwhile waits for it.
+
+With a disk of the node's own (`checkpoint.local_dir`) this happens there, and a second thread copies the newest that is
+finished to the run directory. It may take longer than the saves are apart: those in between are passed over.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +30,9 @@ import torch
 import xxhash
 
 from configs.schema import CheckpointConfig
-from pretrain import checkpoint
+from pretrain import checkpoint, local_copies
 from pretrain.checkpoint import CheckpointError, Fragment
+from pretrain.copies import copy_file
 from pretrain.runtime import Runtime
 from pretrain.state import TrainState
 from pretrain.upload import Uploader, wait_at_end
@@ -35,134 +40,222 @@ from pretrain.upload import Uploader, wait_at_end
 BLOCK_BYTES = 1 << 24  # written and hashed at once, without holding the interpreter
 
 
-class Write(threading.Thread):
-    """Writes this rank's file of one checkpoint; afterwards there is an `entry` for the manifest, or a `problem`."""
+class Writing(threading.Thread):
+    """Makes this rank's file of one checkpoint; afterwards there is an `entry` for the manifest, or a `problem`."""
 
-    def __init__(self, aside: Path, rank: int, pieces: list[Fragment]) -> None:
-        super().__init__(name="checkpoint")
-        self.path, self.pieces = aside / f"rank-{rank:05d}.safetensors", pieces
+    def __init__(self, path: Path, make: Callable[[Path], dict[str, Any]], daemon: bool) -> None:
+        super().__init__(name="checkpoint", daemon=daemon)
+        self.path, self.make = path, make
         self.entry: dict[str, Any] | None = None
         self.problem: str | None = None
 
     def run(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.entry = write_safetensors(self.path, _tensors(self.pieces))
+            self.entry = self.make(self.path)
         except Exception as error:  # whatever it is, the other ranks have to hear of it
             self.problem = _described(error)
             self.path.unlink(missing_ok=True)  # at once: the room on a full disk is needed for the run's other files
 
 
+@dataclass
+class Save:
+    """A checkpoint that is being made in `root`, the run directory or a folder on the node's own disk."""
+
+    root: Path
+    state: TrainState
+    facts: dict[str, Any]
+    layout: dict[str, Any]  # of this rank's file
+    thread: Writing
+
+    @property
+    def target(self) -> Path:
+        return self.root / "checkpoints" / f"step-{self.state.step:08d}"
+
+
 class Saver:
     """Saves checkpoints of a run, see above; made by `open_saver`."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, runtime: Runtime) -> None:
-        self.run_dir, self.config, self.runtime = run_dir, config, runtime
-        self._write: Write | None = None
-        self._about: tuple[TrainState, dict[str, Any]] = (TrainState(), {})
+    def __init__(self, run_dir: Path, config: CheckpointConfig, runtime: Runtime, local: Path | None) -> None:
+        self.run_dir, self.config, self.runtime, self.local = run_dir, config, runtime, local
+        self._saving: Save | None = None
+        self._copying: Save | None = None  # from `local` to the run directory
+        self._to_copy: Save | None = None  # the newest in `local`, while an earlier one is being copied
+        self._newest = 0  # step of the newest in the run directory by this saver
         self._host: dict[tuple[str, str], torch.Tensor] = {}
+        self._waited = 0.0
         self.uploader = Uploader(run_dir, config.upload) if config.upload and runtime.is_first else None
 
     @property
-    def is_writing(self) -> bool:
-        """Whether this rank's write still goes on."""
-        return self._write is not None and self._write.is_alive()
+    def flags(self) -> tuple[bool, bool, bool]:
+        """Of this rank: whether it still writes, still copies, has failed. The loop gives `hear` those of all."""
+        threads = [save.thread if save else None for save in (self._saving, self._copying)]
+        writes, copies = (thread is not None and thread.is_alive() for thread in threads)
+        return writes, copies, any(thread is not None and thread.problem is not None for thread in threads)
 
-    @property
-    def has_failed(self) -> bool:
-        return self._write is not None and self._write.problem is not None
+    def hear(self, some_write: bool, some_copy: bool, some_failed: bool) -> None:
+        """Finish what no rank works on any more, or all if one has failed; all ranks give the same flags."""
+        if self._copying and (some_failed or not some_copy):  # first: what the next line begins is not what was asked
+            self._finish_copying()
+        if self._saving and (some_failed or not some_write):
+            self._finish_saving()
 
     def save(self, state: TrainState, pieces: Iterable[Fragment], facts: dict[str, Any]) -> None:
         """Begin the checkpoint of `state`; every rank calls it. A save that still goes on is waited for.
 
         Without `background` it is safe on disk when this returns. Raises CheckpointError as `finish` does.
         """
-        self.finish()
         self.runtime.mark("save", state.step)
-        copies = [self._copied(piece) for piece in pieces]
-        self._about = (state, facts)
-        self._write = Write(self._aside, self.runtime.rank, copies)
-        self._write.start()
+        if self._saving:
+            began = time.perf_counter()
+            self._finish_saving()
+            self._waited += time.perf_counter() - began
+        copies = self._copied(pieces)
+        tensors = {f"{key}/{p.name}": tensor for p in copies for key, tensor in p.tensors.items() if tensor.numel()}
+        self._saving = self._begin(
+            self.local or self.run_dir,
+            state,
+            facts,
+            checkpoint.layout(copies),
+            lambda path: write_safetensors(path, tensors),
+        )
         if not self.config.background:
             self.finish()
 
-    def hear(self, some_write: bool, some_failed: bool) -> None:
-        """Finish the save when no rank writes any more or one has failed; all ranks give the same two flags."""
-        if some_failed or not some_write:
-            self.finish()
+    def waits(self) -> dict[str, float]:
+        """`save_wait_seconds` since this was asked last, if a save that was due had to wait for the one before."""
+        waited, self._waited = self._waited, 0.0
+        return {"save_wait_seconds": waited} if waited else {}
 
     def finish(self) -> None:
-        """If a save goes on, wait for it and give it its manifest and name; every rank calls it.
+        """Wait for all that goes on, until it is a checkpoint in the run directory; every rank calls it.
 
         Raises CheckpointError on every rank if any rank could not write; what it wrote is removed then, and every
         earlier checkpoint is untouched.
         """
-        write, self._write = self._write, None
-        if write is None:
-            return
-        (state, facts), aside = self._about, self._aside
-        self.runtime.mark("save", state.step)
-        write.join()
-        layout = checkpoint.layout(write.pieces)
-        written: list[Any] = self.runtime.gather((write.path.name, write.entry, layout, write.problem))
-        self._agree([problem for *_, problem in written])
-        problem = None
-        if self.runtime.is_first:
-            files = {name: (entry, of_rank) for name, entry, of_rank, _ in written}
-            problem = _attempt(lambda: checkpoint.commit(aside, self._target, state, files, facts))
-        self._agree(self.runtime.gather(problem))
-        if self.runtime.is_first:
-            self._remove_old(state.step)
-        if self.uploader is not None:
-            self.uploader.add(self._target)
+        if self._saving:
+            self._finish_saving()
+        while self._copying:
+            self._finish_copying()
 
     def close(self) -> None:
-        """Finish the save that goes on, and wait for checkpoints on their way to an address; every rank calls it."""
+        """As `finish`, and wait for checkpoints on their way to an address; every rank calls it."""
         self.finish()
         if self.config.upload:
-            wait_at_end(self.uploader, self._about[0].step, self.runtime)
-            if self.runtime.is_first:
-                self._remove_old(self._about[0].step)  # what had to stay as long as it was on its way
+            wait_at_end(self.uploader, self._newest, self.runtime)
+            self._remove_old()  # what had to stay as long as it was on its way
 
     def wait(self) -> None:
         """Wait for this rank's write alone; what it wrote does not become a checkpoint."""
-        if self._write is not None:
-            self._write.join()
+        if self._saving:
+            self._saving.thread.join()
 
-    @property
-    def _target(self) -> Path:
-        return self.run_dir / "checkpoints" / f"step-{self._about[0].step:08d}"
+    def _begin(self, root: Path, *about: Any) -> Save:
+        state, facts, layout, make = about
+        aside = root / "checkpoints" / f".writing-step-{state.step:08d}"
+        is_copy = self.local is not None and root == self.run_dir  # after an error nobody waits for it
+        thread = Writing(aside / f"rank-{self.runtime.rank:05d}.safetensors", make, is_copy)
+        thread.start()
+        return Save(root, state, facts, layout, thread)
 
-    @property
-    def _aside(self) -> Path:
-        return self._target.with_name(f".writing-{self._target.name}")
+    def _finish_saving(self) -> None:
+        save, self._saving = self._saving, None
+        assert save is not None
+        if self.local is None:
+            self._commit(save, self.runtime.is_first)
+            self._announce(save)
+            return
+        if self._copying and self._copying.state.step == save.state.step:  # after a rollback: it would be replaced
+            self._finish_copying()
+        # The nodes' manifests have to be the same, and each rank has counted the seconds by its own clock.
+        states: list[Any] = self.runtime.gather(save.state)
+        save.state = states[0]
+        self._commit(save, self.runtime.local_rank == 0)
+        if self._to_copy and self._must_stay(self._to_copy):
+            self._finish_copying()  # which begins with this one, and leaves room for the new one
+        self._to_copy = save
+        if not self._copying:
+            self._begin_copying()
+        if self.runtime.local_rank == 0:
+            steps = {wanted.state.step for wanted in (save, self._copying, self._to_copy) if wanted}
+            checkpoint.remove_all_but(self.local, steps)
 
-    def _remove_old(self, newest: int) -> None:
-        if self.uploader is None:
-            checkpoint.remove_old(self.run_dir, newest, self.config)
-        else:
+    def _begin_copying(self) -> None:
+        save, self._to_copy = self._to_copy, None
+        if save is None:
+            return
+        source, entry = save.target / save.thread.path.name, save.thread.entry
+        self._copying = self._begin(
+            self.run_dir, save.state, save.facts, save.layout, lambda path: copy_file(source, path, entry)
+        )
+
+    def _finish_copying(self) -> None:
+        save, self._copying = self._copying, None
+        assert save is not None
+        self._commit(save, self.runtime.is_first)
+        self._announce(save)
+        self._begin_copying()
+
+    def _commit(self, save: Save, is_mine: bool) -> None:
+        """Wait for this rank's file and for what the others say of theirs; the rank whose `is_mine` is set ends it."""
+        self.runtime.mark("save", save.state.step)
+        save.thread.join()
+        told = (save.thread.path.name, save.thread.entry, save.layout, save.thread.problem)
+        written: list[Any] = self.runtime.gather(told)
+        self._agree(save, [problem for *_, problem in written], is_mine)
+        problem = None
+        if is_mine:
+            files = {name: (entry, layout) for name, entry, layout, _ in written}
+            aside, is_shared = save.thread.path.parent, save.root == self.run_dir
+            problem = _attempt(
+                lambda: checkpoint.commit(aside, save.target, save.state, files, save.facts, all_here=is_shared)
+            )
+        self._agree(save, self.runtime.gather(problem), is_mine)
+
+    def _announce(self, save: Save) -> None:
+        """A checkpoint is finished in the run directory."""
+        self._newest = save.state.step
+        self._remove_old()
+        if self.uploader is not None:
+            self.uploader.add(save.target)
+
+    def _remove_old(self) -> None:
+        if self.uploader is not None:
             with self.uploader.changed:
-                checkpoint.remove_old(self.run_dir, newest, self.config, self.uploader.current)
+                checkpoint.remove_old(self.run_dir, self._newest, self.config, self.uploader.current)
+        elif self.runtime.is_first:
+            checkpoint.remove_old(self.run_dir, self._newest, self.config)
 
-    def _copied(self, piece: Fragment) -> Fragment:
-        """The piece in this saver's own host memory: the next step changes the engine's."""
-        copies = {}
-        for key, tensor in piece.tensors.items():
-            host = self._host.get((piece.name, key))
-            if host is None or host.numel() != tensor.numel():
-                host = self._host[piece.name, key] = torch.empty(tensor.numel(), dtype=torch.float32)
-            copies[key] = host.copy_(tensor)
-        return replace(piece, tensors=copies)
+    def _must_stay(self, save: Save) -> bool:
+        every = self.config.keep_every_steps
+        return every is not None and save.state.step % every == 0
 
-    def _agree(self, problems: list[Any]) -> None:
+    def _copied(self, pieces: Iterable[Fragment]) -> list[Fragment]:
+        """The pieces in this saver's own host memory: the next step changes the engine's."""
+        copies, on_gpu = [], False
+        for piece in pieces:
+            tensors = {}
+            for key, tensor in piece.tensors.items():
+                host = self._host.get((piece.name, key))
+                if host is None or host.numel() != tensor.numel():  # page-locked, or a GPU could not copy by itself
+                    host = torch.empty(tensor.numel(), dtype=torch.float32, pin_memory=tensor.is_cuda)
+                    self._host[piece.name, key] = host
+                tensors[key] = host.copy_(tensor, non_blocking=True)
+                on_gpu = on_gpu or tensor.is_cuda
+            copies.append(replace(piece, tensors=tensors))
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _agree(self, save: Save, problems: list[Any], is_mine: bool) -> None:
         """Raise on every rank if any rank had a problem; `problems` is in the order of ranks."""
         for rank, reason in enumerate(problems):
             if reason is None:
                 continue
-            if self.runtime.is_first:
-                shutil.rmtree(self._aside, ignore_errors=True)
+            if is_mine:
+                shutil.rmtree(save.thread.path.parent, ignore_errors=True)
             raise CheckpointError(
-                f"{self._target.parent}: rank {rank} could not write its part of the checkpoint ({reason}). Earlier "
+                f"{save.target.parent}: rank {rank} could not write its part of the checkpoint ({reason}). Earlier "
                 f"checkpoints are untouched. Make room or write access there, then start the same command again: it "
                 f"goes on from the newest."
             )
@@ -175,10 +268,13 @@ def open_saver(run_dir: Path, config: CheckpointConfig, runtime: Runtime) -> Ite
     After an error there is no asking the other ranks any more, which may not have met it: only this rank's write is
     waited for, and the checkpoint before is the newest.
     """
+    local = local_copies.folder(config.local_dir, run_dir, runtime) if config.local_dir else None
     if runtime.is_first:
         checkpoint.remove_leftovers(run_dir)
+    if local and runtime.local_rank == 0:
+        checkpoint.remove_leftovers(local)
     runtime.barrier()  # nobody writes before
-    saver = Saver(run_dir, config, runtime)
+    saver = Saver(run_dir, config, runtime, local)
     try:
         yield saver
     except BaseException:
@@ -213,10 +309,6 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str,
                     block = block[file.write(block) :]
         os.fsync(file.fileno())
     return {"bytes": num_bytes, "xxh3_128": digest.hexdigest()}
-
-
-def _tensors(pieces: list[Fragment]) -> dict[str, torch.Tensor]:
-    return {f"{key}/{p.name}": tensor for p in pieces for key, tensor in p.tensors.items() if tensor.numel()}
 
 
 def _attempt(action: Callable[[], object]) -> str | None:

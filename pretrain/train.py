@@ -26,7 +26,7 @@ from configs.schema import PretrainConfig
 from data_pipeline.samples import tokens_before
 from data_pipeline.shards import DataError
 from data_pipeline.stream import Stream, open_stream
-from pretrain import checkpoint, engine, runtime, upload
+from pretrain import checkpoint, engine, local_copies, runtime, upload
 from pretrain.checkpoint import CheckpointError
 from pretrain.metrics import open_metrics
 from pretrain.models import build_model
@@ -73,11 +73,11 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
             state = replace(state, eval_loss=evaluated["eval_loss"])
         while state.step < config.train.num_steps:
             line = train_step(config, model, data, state.step, ranks)
-            metrics.log(line)
+            metrics.log(line | saver.waits())
             seconds = state.seconds + line["step_seconds"]
             state = replace(state, step=state.step + 1, updates=state.updates + 1, seconds=seconds)
-            is_stopped, some_write, some_failed = ranks.any(stop.is_asked, saver.is_writing, saver.has_failed)
-            saver.hear(some_write, some_failed)
+            is_stopped, *flags = ranks.any(stop.is_asked, *saver.flags)
+            saver.hear(*flags)
             last = state.step == config.train.num_steps or is_stopped
             if last or state.step % config.eval.every_steps == 0:
                 metrics.log(evaluated := evaluate(config, model, validation, state.step, ranks))
@@ -212,6 +212,8 @@ def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, rank
         if address and (names := upload.list_steps(address, ranks)):
             raise ConfigError(f"train.resume=never, but {address} has {names[-1]}; choose another one or resume=auto")
         return TrainState()
+    if config.checkpoint.local_dir:
+        found = local_copies.bring_newer(config.checkpoint.local_dir, run_dir, found, say, ranks)
     if found is None and address:
         found = upload.fetch_newest(address, run_dir, say, ranks)
     if found is None:

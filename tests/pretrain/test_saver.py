@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from configs.phases import no_mark
 from configs.schema import CheckpointConfig
 from pretrain import checkpoint
+from pretrain import saver as saver_module
 from pretrain.checkpoint import CheckpointError, Fragment
 from pretrain.saver import open_saver, write_safetensors
 from pretrain.state import TrainState
@@ -63,9 +65,9 @@ def test_what_was_there_at_the_save_is_written_whatever_the_next_step_does(tmp_p
 def test_checkpoint_exists_only_once_no_rank_writes(tmp_path):
     with open_saver(tmp_path, CheckpointConfig(), Alone()) as saver:
         saver.save(TrainState(1), fragment(torch.ones(5)), {})
-        saver.hear(True, False)
+        saver.hear(True, False, False)
         assert steps(tmp_path) in ([], [".writing-step-00000001"])
-        saver.hear(False, False)
+        saver.hear(False, False, False)
         assert steps(tmp_path) == ["step-00000001"]
 
 
@@ -77,10 +79,22 @@ def test_save_that_is_due_while_one_goes_on_waits_for_it(tmp_path):
     assert steps(tmp_path) == ["step-00000001", "step-00000002"]
 
 
+def test_wait_for_a_slow_disk_is_counted_once(tmp_path, monkeypatch):
+    opened, write = threading.Event(), saver_module.write_safetensors
+    monkeypatch.setattr(saver_module, "write_safetensors", lambda *given: (opened.wait(30), write(*given))[1])
+    with open_saver(tmp_path, CheckpointConfig(), Alone()) as saver:
+        saver.save(TrainState(1), fragment(torch.ones(5)), {})
+        assert saver.waits() == {}
+        threading.Timer(0.3, opened.set).start()
+        saver.save(TrainState(2), fragment(torch.ones(5)), {})
+        assert 0.2 < saver.waits()["save_wait_seconds"] < 10
+        assert saver.waits() == {}
+
+
 def test_without_background_the_checkpoint_is_there_at_once(tmp_path):
     with open_saver(tmp_path, CheckpointConfig(background=False), Alone()) as saver:
         saver.save(TrainState(1), fragment(torch.ones(5)), {})
-        assert steps(tmp_path) == ["step-00000001"] and not saver.is_writing
+        assert steps(tmp_path) == ["step-00000001"] and saver.flags == (False, False, False)
 
 
 def test_failed_write_of_another_rank_is_raised_here_too_and_leaves_the_earlier_ones(tmp_path):
@@ -91,7 +105,7 @@ def test_failed_write_of_another_rank_is_raised_here_too_and_leaves_the_earlier_
         open_saver(tmp_path, CheckpointConfig(), BesideAFailure()) as saver,
     ):
         saver.save(TrainState(2), fragment(torch.ones(5)), {})
-        saver.hear(False, True)
+        saver.hear(False, False, True)
     assert steps(tmp_path) == ["step-00000001"]
 
 
@@ -106,7 +120,7 @@ def test_error_in_the_run_ends_the_write_without_asking_the_others(tmp_path):
     with pytest.raises(KeyError), open_saver(tmp_path, CheckpointConfig(), Alone()) as saver:
         saver.save(TrainState(1), fragment(torch.ones(5)), {})
         raise KeyError
-    assert not saver.is_writing
+    assert saver.flags == (False, False, False)
     assert steps(tmp_path) == [".writing-step-00000001"]
 
 

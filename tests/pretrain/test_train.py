@@ -91,8 +91,9 @@ def words(config: Path, run_dir: Path, *overrides: str) -> list[str]:
 
 def lines(run_dir: Path) -> list[dict]:
     """metrics.jsonl without what is measured with a clock."""
+    clock = ("tokens_per_second", "step_seconds", "save_wait_seconds")
     parsed = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "step_seconds")} for line in parsed]
+    return [{k: v for k, v in line.items() if k not in clock} for line in parsed]
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -327,6 +328,10 @@ def test_run_with_another_optimizer_and_an_average_goes_on_bitwise_and_exports_t
     shutil.copytree(whole / "checkpoints/step-00000003", resumed / "checkpoints/step-00000003")
     pretrain(config, resumed.name, 2, *settings)
     assert losses(resumed) == losses(whole)[3:]
+    evaluated = [[line for line in lines(run) if "eval_loss" in line] for run in (whole, resumed)]
+    assert evaluated[1] == evaluated[0][1:]  # the one before the first step has no average yet
+    assert ["eval_ema_loss" in line for line in evaluated[0]] == [False, True, True]
+    assert all(line["eval_ema_loss"] != line["eval_loss"] for line in evaluated[1])
     last = checkpoint.open_checkpoint(resumed / "checkpoints/step-00000006")
     run_ranks(1, ["-m", "pretrain.export", str(resumed), "weights=ema"], config.parent / "averaged-logs")
     exported = load_file(resumed / "export/model.safetensors")

@@ -233,7 +233,7 @@ def test_end_of_a_run_waits_no_longer_than_it_says(tmp_path, server, monkeypatch
 
 
 def test_address_that_does_not_answer_is_no_reason_to_start_anew(tmp_path):
-    with pytest.raises(ConfigError, match=r"http://127.0.0.1:9.*cannot be brought into run_dir.*start the same command again"):
+    with pytest.raises(ConfigError, match=r"http://127.0.0.1:9.*cannot be brought .*start the same command again"):
         fetch("http://127.0.0.1:9/run", tmp_path)
 
 
