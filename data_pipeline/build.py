@@ -34,7 +34,7 @@ from data_pipeline.card import data_card
 from data_pipeline.corpus import Corpus, clear, find_corpus, make_plan
 from data_pipeline.dedupe import find_duplicates
 from data_pipeline.engines import Run, abort_mpi, mpi_world_size, open_engine, open_mpi, run_here
-from data_pipeline.language import identify, known_languages
+from data_pipeline.language import known_languages
 from data_pipeline.part_text import clean_text, write_json
 from data_pipeline.part_tokens import cut_shards
 from data_pipeline.parts import SPLITS, Plan, most_workers, runs
@@ -187,14 +187,16 @@ def make(
         do_parts(plan, "tokenize", passes.token_parts, plan.tokens, run, num_workers, progress)
         corpus.refuse_changed()
         tokenizer = loading.result()
+        reporting = aside.submit(passes.report_tokenizer, plan, tokenizer)
         make_shards(plan, tokenizer.get_vocab_size(), run, progress)
+        reporting.result()
     return plan, tokenizer
 
 
 def load_ahead(plan: Plan) -> Tokenizer:
     """Load what this process needs next while the workers tokenize: half a second, in which it has nothing to do."""
     if not plan.tokenizer_report.exists():
-        known_languages()  # loads the model of `identify`
+        known_languages()  # loads the model of language.identify
     return tokenizers.load_tokenizer(plan.tokenizer_dir)
 
 
@@ -232,7 +234,7 @@ def drop_duplicates(plan: Plan, run: Run, progress: Progress) -> None:
 
 
 def make_shards(plan: Plan, vocab_size: int, run: Run, progress: Progress) -> None:
-    """Cut the tokens of each split into shards, and see how the tokenizer fits them.
+    """Cut the tokens of each split into shards.
 
     Raises DataError where a split has no document.
     """
@@ -249,18 +251,15 @@ def make_shards(plan: Plan, vocab_size: int, run: Run, progress: Progress) -> No
                 + skipped_records(plan)
             )
     tasks: list[tuple] = []
-    if not plan.tokenizer_report.exists():
-        languages = [identify(text)[0] for text in passes.samples(plan)]
-        tasks.append((passes.report_tokenizer, plan.work, languages))
     missing = 0
     for name in SPLITS:
         for number, (stretches, num_tokens) in enumerate(shards[name]):
             if not passes.shard_entry(plan, name, number).exists():
-                tasks.append((passes.assemble_shard, plan.work, name, number, stretches, vocab_size))
+                tasks.append((plan.work, name, number, stretches, vocab_size))
                 missing += num_tokens
     token_bytes = token_dtype(vocab_size).itemsize
     with progress.phase("shards", missing * token_bytes) as advance:
-        for num_tokens in run(passes.call, tasks):
+        for num_tokens in run(passes.assemble_shard, tasks):
             advance(num_tokens * token_bytes)
 
 

@@ -42,7 +42,7 @@ _PAIRS[_SIGN, [_LETTER, _DIGIT]] = True
 _PAIRS[_APOSTROPHE, _DIGIT] = True
 _IS_CUT = _PAIRS.ravel()
 # The last three bytes of white space that is not ASCII, and the last two of U+0085 and U+00A0.
-_SPACES = [chr(code) for code in range(128, 0x3001) if re.match(f"[{UNICODE_SPACE}]", chr(code))]
+_SPACES = re.findall(f"[{UNICODE_SPACE}]", "".join(map(chr, range(128, 0x3001))))
 _LAST_THREE = np.array([int.from_bytes(c.encode(), "big") for c in _SPACES if len(c.encode()) == 3])
 _LAST_TWO = np.array([int.from_bytes(c.encode(), "big") for c in _SPACES if len(c.encode()) == 2])
 

@@ -14,17 +14,18 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
 import zstandard
+from tokenizers import Tokenizer
 
 from configs.schema import BuildConfig, CleanConfig
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline.byte_level import ranked_encoder
 from data_pipeline.clean import Stage, clean, make_stages
 from data_pipeline.encode import EncodeFlat
+from data_pipeline.language import identify
 from data_pipeline.minhash import signature_dtype, signatures
 from data_pipeline.part_text import Report, read_clean, read_parts, sample_texts, split, write_json
 from data_pipeline.part_tokens import read_documents, read_index, write_index, write_tokens
@@ -157,26 +158,13 @@ def assemble_shard(
     return entry["tokens"]
 
 
-def samples(plan: Plan) -> Iterator[str]:
-    """The samples of the training text that `token_parts` has left for the tokenizer's report."""
-    for number in plan.sampled:
-        yield from read_index(plan.tokens(number))["sample"]
-
-
-def report_tokenizer(work: Path, languages: list[str]) -> int:
-    """Write how the tokenizer fits `samples`, by their languages. Returns 0: it writes no tokens."""
-    plan = load_plan(work)
+def report_tokenizer(plan: Plan, tokenizer: Tokenizer) -> None:
+    """Write how the plan's tokenizer fits the samples of the training text, by language."""
     if not plan.tokenizer_report.exists():
-        labelled = zip(languages, samples(plan), strict=True)
+        texts = (text for number in plan.sampled for text in read_index(plan.tokens(number))["sample"])
+        labelled = ((identify(text)[0], text) for text in texts)
         encode, _ = _encoder_of(plan)
-        tokenizer = tokenizers.load_tokenizer(plan.tokenizer_dir)
         write_json(plan.tokenizer_report, tokenizer_report(tokenizer, labelled, encode))
-    return 0
-
-
-def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """For an engine: tasks of different functions at once."""
-    return function(*arguments)
 
 
 def shard_entry(plan: Plan, split_name: str, number: int) -> Path:
