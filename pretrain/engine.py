@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,9 +133,6 @@ def load_fragments(engine: Any, read: Callable[[str, str, int, int], torch.Tenso
     `read` returns the flat fp32 elements [start, start + length) of the whole parameter, so a checkpoint of any number
     of ranks and any ZeRO stage can stand behind it. Every rank calls it, between two steps or before the first.
     """
-    stage = engine.zero_optimization_stage()
-    if stage == 3:
-        engine.optimizer.checkpoint_event_prologue()  # what is whole here is let go, or it would stay as it was
     _make_state(engine)
     for master in _masters(engine):
         state = _plain(engine).state[master]
@@ -144,13 +142,17 @@ def load_fragments(engine: Any, read: Callable[[str, str, int, int], torch.Tenso
         for key, whole in _tensors(engine, piece).items():
             target = whole.view(-1)[piece.offset : piece.offset + piece.length]
             target.copy_(read(piece.name, key, piece.start, piece.length))
-        if stage == 3:
-            part = piece.parameter.ds_tensor
-            part.data.copy_(piece.master[piece.offset : piece.offset + part.numel()])
-    if stage == 3:
-        engine.optimizer.checkpoint_event_epilogue()
-    elif stage > 0:
-        engine.optimizer.update_lp_params()  # each rank's weights in the model's dtype, to all
+    _use_masters(engine)
+
+
+@contextmanager
+def averaged_weights(engine: Any) -> Iterator[None]:
+    """Inside, the model has the moving average of its weights ("ema"), for evaluation; every rank enters it."""
+    _swap_average(engine)
+    try:
+        yield
+    finally:
+        _swap_average(engine)
 
 
 def gather_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -228,6 +230,30 @@ def _share(engine: Any, length: int) -> tuple[int, int]:
     size = -(-length // engine.world_size)
     start = min(engine.global_rank * size, length)
     return start, min(size, length - start)
+
+
+@torch.no_grad()
+def _swap_average(engine: Any) -> None:
+    _make_state(engine)
+    for master in _masters(engine):
+        average = _plain(engine).state[master]["ema"]
+        weights = master.clone()
+        master.copy_(average)
+        average.copy_(weights)
+    _use_masters(engine)
+
+
+def _use_masters(engine: Any) -> None:
+    """Give the model, in its own dtype, the weights that now are in the optimizer's tensors."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        engine.optimizer.checkpoint_event_prologue()  # what is whole here is let go, or it would stay as it was
+        for piece in pieces(engine):
+            part = piece.parameter.ds_tensor
+            part.data.copy_(piece.master[piece.offset : piece.offset + part.numel()])
+        engine.optimizer.checkpoint_event_epilogue()
+    elif stage > 0:
+        engine.optimizer.update_lp_params()  # each rank's weights in the model's dtype, to all
 
 
 def _make_state(engine: Any) -> None:
