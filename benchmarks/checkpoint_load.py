@@ -156,11 +156,14 @@ def start(layers: int, universal: bool = False) -> tuple[Any, Any]:
 
 
 def report(ranks: Any, **values: float) -> None:
-    """Print the largest value of each rank's, on the first."""
+    """Print the largest value of each rank's, on the first, and leave the group: the rank's work is done."""
+    from pretrain import runtime
+
     of_all = ranks.gather(values)
     if ranks.is_first:
         print(json.dumps({name: max(one[name] for one in of_all) for name in values}))
     ranks.barrier()
+    runtime.stop()
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
