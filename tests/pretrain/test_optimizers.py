@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import signal
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from pretrain.optimizers.lamb import Lamb
 from pretrain.optimizers.lion import Lion
 from pretrain.optimizers.muon import Muon, direction, orthogonalize
 from pretrain.optimizers.slices import Slice
-from tests.ranks import run_ranks
+from tests.pretrain.test_train import config, has_reached, lines, losses, pretrain, words  # noqa: F401
+from tests.ranks import kill_when, run_ranks, start_ranks
 
 
 def two_steps(optimizer_of, shape=(6, 4)) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
@@ -150,3 +153,28 @@ def test_optimizer_and_average_are_the_same_at_every_stage_on_one_and_two_ranks(
         assert values["losses"] == pytest.approx(whole["losses"], rel=rounding), setup
         for key in ("master", "ema"):  # 1e-3: the keys' biases have no gradient but rounding, which Adam makes large
             assert values[key] == pytest.approx(whole[key], rel=20 * rounding, abs=1e-3), setup
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["gpt"], indirect=True)
+@pytest.mark.parametrize(("kind", "stage"), [("lion", 3), ("lamb", 1), ("lamb", 3), ("muon", 1), ("muon", 3)])
+def test_killed_run_resumes_bitwise_and_on_another_number_of_ranks_to_rounding(config, kind, stage):  # noqa: F811
+    settings = [
+        f"train.optimizer={{type: {kind}, lr: 2.0e-3, ema_decay: 0.9}}",
+        *(f"zero.stage={stage}", "train.precision=fp32", "model.dropout=0", "checkpoint.background=false"),
+    ]
+    whole = pretrain(config, f"{kind}-{stage}", 2, *settings)
+    killed = config.parent / f"{kind}-{stage}-killed"
+    processes = start_ranks(2, words(config, killed, *settings), config.parent / f"{killed.name}-logs")
+    kill_when(processes, has_reached(killed, 5), signal.SIGKILL)
+    alone = config.parent / f"{kind}-{stage}-alone"
+    shutil.copytree(killed / "checkpoints/step-00000003", alone / "checkpoints/step-00000003")
+
+    pretrain(config, killed.name, 2, *settings)
+    assert lines(killed) == lines(whole)
+    pretrain(config, alone.name, 1, *settings)
+    rounding = 1e-4 if kind == "lion" else 1e-5  # lion: the sign of what is nearly 0
+    assert losses(alone) == pytest.approx(losses(whole)[3:], rel=rounding)
+    averages = [[line["eval_ema_loss"] for line in lines(run) if line.get("eval_ema_loss")] for run in (alone, whole)]
+    assert averages[0] == pytest.approx(averages[1], rel=rounding)
