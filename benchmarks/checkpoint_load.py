@@ -163,7 +163,7 @@ def report(ranks: Any, **values: float) -> None:
     if ranks.is_first:
         print(json.dumps({name: max(one[name] for one in of_all) for name in values}))
     ranks.barrier()
-    runtime.stop()
+    runtime.end()
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:

@@ -117,7 +117,7 @@ def measure(folder: Path, layers: int, saves: int) -> None:
         facts = {"parameters": sum(p.ds_numel for p in model.module.parameters()), "bytes": size}
         print(json.dumps(facts | {"seconds": dict(zip(seconds, slowest, strict=True))}))
     ranks.barrier()
-    runtime.stop()
+    runtime.end()
 
 
 if __name__ == "__main__":

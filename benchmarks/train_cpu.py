@@ -124,7 +124,6 @@ def millstream() -> list[float]:
         model.step()
         engine.grad_norm(model)
         seconds.append(time.perf_counter() - began)
-    runtime.stop()
     return seconds[WARMUP_STEPS:]
 
 

@@ -49,8 +49,6 @@ def main() -> int:
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2
-    finally:
-        runtime.stop()
     return 0
 
 
@@ -250,4 +248,4 @@ def summarise(results: list[dict[str, float]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runtime.run(main)

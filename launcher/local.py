@@ -165,7 +165,11 @@ def rank_environment(num_ranks: int) -> dict[str, str]:
 
 
 def wait(ranks: list[Process], watch: Watch, signals: Signals, logs: Path) -> Outcome:
-    """Until all ranks have ended, by themselves or, after a failure, a stall or a second signal, by us."""
+    """Until all ranks have ended, by themselves or, after a failure, a stall or a second signal, by us.
+
+    Ranks that were asked to stop leave together; one that is still there GRACE_SECONDS after another waits in vain.
+    """
+    left_since: float | None = None  # the first rank to leave because it was asked to
     while True:
         codes = [rank.poll() for rank in ranks]
         if signals.again:
@@ -177,6 +181,11 @@ def wait(ranks: list[Process], watch: Watch, signals: Signals, logs: Path) -> Ou
             if stopped is not None:  # it failed because that one had left
                 return Outcome("stopped", stopped)
             return failure(failed, ranks[failed].returncode, watch, logs)
+        if stopped is not None:
+            left_since = left_since or time.monotonic()
+            if time.monotonic() - left_since > GRACE_SECONDS:
+                end(ranks, AT_ONCE_SECONDS)
+                return Outcome("stopped", stopped)
         if all(code is not None for code in codes):
             return Outcome("finished", 0) if stopped is None else Outcome("stopped", stopped)
         if seconds := watch.stalled([rank for rank, code in enumerate(codes) if code is None]):

@@ -5,16 +5,20 @@ environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without th
 from __future__ import annotations
 
 import argparse
+import atexit
+import faulthandler
 import os
 import random
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -65,6 +69,7 @@ def start(run_dir: str | None = None, stall_seconds: int | None = None) -> Runti
     With a `run_dir`, a rank that makes no mark for `stall_seconds` ends the run; see `watchdog`. Until the loop begins
     there is nothing to save, so a signal ends the process at once.
     """
+    faulthandler.enable()  # a crash inside of C prints the Python stacks
     environment = os.environ
     if "RANK" not in environment:
         environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
@@ -98,10 +103,28 @@ def launch_arguments(description: str) -> tuple[str, list[str]]:
     return arguments.config, arguments.overrides
 
 
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
+def run(program: Callable[[], int]) -> NoReturn:
+    """Run the program of a rank and end the process with the exit code that it returns; 1 after an unforeseen error."""
+    try:
+        exit_code = program()
+    except Exception:
+        traceback.print_exc()
+        exit_code = 1
+    end(exit_code)
+
+
+def end(exit_code: int = 0) -> NoReturn:
+    """End the process without taking the interpreter down; after success it leaves the process group first.
+
+    gloo's threads free the tensors of the last collective whenever they come to it; one that does so while the
+    interpreter goes down aborts the process ("terminate called without an active exception", exit code -6).
+    """
+    if exit_code == 0 and dist.is_initialized():  # after a failure another rank may be inside of a collective
         dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def seed_all(*parts: int) -> None:

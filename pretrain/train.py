@@ -47,8 +47,6 @@ def main() -> int:
     except (ConfigError, DataError, CheckpointError) as error:  # what a user can mend needs no traceback
         print(error, file=sys.stderr)
         return 2
-    finally:
-        runtime.stop()
 
 
 def train(config: PretrainConfig, ranks: Runtime) -> int:
@@ -226,4 +224,4 @@ def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, rank
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runtime.run(main)

@@ -21,11 +21,11 @@ START = (
 )
 
 
-def launch(tmp_path: Path, script: str, num_ranks: int) -> subprocess.Popen[str]:
+def launch(tmp_path: Path, script: str, num_ranks: int, before: str = "") -> subprocess.Popen[str]:
     """Start `script` as a module on `num_ranks` ranks, through run_local."""
     (tmp_path / "job.py").write_text(script)
     return subprocess.Popen(
-        [sys.executable, "-c", START.format(num_ranks=num_ranks, run_dir=str(tmp_path))],
+        [sys.executable, "-c", before + "\n" + START.format(num_ranks=num_ranks, run_dir=str(tmp_path))],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
@@ -141,3 +141,10 @@ def test_run_dir_that_cannot_be_written_is_named(tmp_path):
     start = START.format(num_ranks=1, run_dir=str(tmp_path / "file/below"))
     done = subprocess.run([sys.executable, "-c", start], cwd=ROOT, capture_output=True, text=True)
     assert "cannot be written" in done.stderr and "choose a directory you can write to" in done.stderr
+
+
+def test_rank_that_stays_when_the_others_have_stopped_is_ended(tmp_path):
+    script = "import os, sys, time\nif os.environ['RANK'] == '0': sys.exit(143)\ntime.sleep(600)\n"
+    process = launch(tmp_path, script, 2, "from launcher import local; local.GRACE_SECONDS = 1")
+    process.communicate(timeout=60)
+    assert process.returncode == 143

@@ -147,4 +147,4 @@ def norm_and_clipping_are_the_same_at_every_stage() -> None:
 
 globals()[sys.argv[1]]()
 ranks.barrier()  # as the loop does: a rank that leaves while another still works takes the connection with it
-runtime.stop()
+runtime.end()

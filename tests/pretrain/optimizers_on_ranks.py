@@ -105,4 +105,4 @@ for stage, precision in SETUPS:
 if ranks.is_first:
     Path(sys.argv[2]).write_text(json.dumps(seen))
 ranks.barrier()
-runtime.stop()
+runtime.end()

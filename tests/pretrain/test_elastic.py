@@ -57,7 +57,7 @@ for job in json.loads(Path(sys.argv[2]).read_text()):
         shutil.copytree(job["checkpoint"], run_dir / "checkpoints" / Path(job["checkpoint"]).name)
     ranks.barrier()
     assert train(load_pretrain(sys.argv[1], [f"run_dir={run_dir}", *job["overrides"]]), ranks) == 0
-runtime.stop()
+runtime.end()
 """
 
 

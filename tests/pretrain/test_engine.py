@@ -40,7 +40,7 @@ assert sums[0] == sums[1]
 assert all(parameter.numel() == 0 for parameter in parameters.values()), "a gathered parameter was kept"
 ranks.barrier()  # as the loop does: a rank that leaves while another still works takes the connection with it
 engine.close(model)
-runtime.stop()
+runtime.end()
 """
 
 

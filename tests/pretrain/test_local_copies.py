@@ -165,7 +165,7 @@ import os, sys
 from pretrain import train
 sys.argv.append(f"checkpoint.local_dir={sys.argv.pop()}/node-{os.environ['RANK']}")
 os.environ["LOCAL_RANK"] = "0"  # each rank is the only one of a node
-sys.exit(train.main())
+train.runtime.run(train.main)
 """
 
 
