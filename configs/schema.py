@@ -257,6 +257,12 @@ class ZeroConfig(Section):
     bucket_elements: PositiveInt = 50_000_000  # gradients are reduced in buckets of this many elements
 
 
+class GuardConfig(Section):
+    """What is done about numbers that cannot be right; see docs/trust.md."""
+
+    non_finite_limit: PositiveInt = 3  # steps in a row that had no update, after which the run stops with 70
+
+
 class LaunchConfig(Section):
     """What is done about ranks that stand still or fail; see docs/running.md."""
 
@@ -274,6 +280,7 @@ class PretrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     zero: ZeroConfig = ZeroConfig()
+    guard: GuardConfig = GuardConfig()
     launch: LaunchConfig = LaunchConfig()
     deepspeed: dict[str, Any] = {}  # raw additions to the generated DeepSpeed JSON; may not contradict it
 
