@@ -18,7 +18,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from pretrain.runtime import Runtime
 from pretrain.state import TrainState
 
 FORMAT = 3
+BLOCK_BYTES = 1 << 24  # written and hashed at once, without holding the interpreter
+FLUSH_BYTES = 1 << 28
 
 
 @dataclass
@@ -62,14 +64,17 @@ class Checkpoint:
 
 
 def newest_valid(
-    run_dir: Path, say: Callable[[str], None] = print, runtime: Runtime | None = None
+    run_dir: Path,
+    say: Callable[[str], None] = print,
+    runtime: Runtime | None = None,
+    last: float = math.inf,
 ) -> Checkpoint | None:
-    """The checkpoint with the highest step whose every file has its recorded size and hash.
+    """The checkpoint with the highest step, at most `last`, whose every file has its recorded size and hash.
 
     Damaged ones are named through `say` and passed over, never removed. With a `runtime` every rank calls it, and all
     get the same one: the first rank's list is taken, and they share the checking, see `open_checkpoint`.
     """
-    paths: Any = step_directories(run_dir)
+    paths: Any = [path for path in step_directories(run_dir) if (step_of(path.name) or 0) <= last]
     if runtime is not None:
         paths = runtime.gather(paths)[0]
     for path in reversed(paths):
@@ -137,18 +142,27 @@ def _last_line(text: bytes) -> bytes:
 
 
 def check_facts(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
-    """Raises CheckpointError unless `facts`, what the samples depend on, are those it was written with."""
+    """Raises CheckpointError unless `facts`, what samples and optimizer state depend on, are those it was written with.
+
+    The optimizer's are compared where both have them: the first checkpoints did not say its type.
+    """
     for name in sorted(facts.keys() | checkpoint.facts.keys()):
         now = facts.get(name)
+        is_of_optimizer = name.startswith("optimizer.")
+        if is_of_optimizer and (name not in checkpoint.facts or name not in facts):
+            continue
         if name not in checkpoint.facts:
             raise CheckpointError(
                 f"{checkpoint.path}: does not say what {name} was, now it is {now}: another version of millstream has "
                 f"written it. Go on with that version, or start a new run_dir"
             )
         if checkpoint.facts[name] != now:
+            why = "the order of the samples would change in the middle of the run"
+            if is_of_optimizer:
+                why = "the optimizer's saved state means something else to another one"
             raise CheckpointError(
-                f"{checkpoint.path}: was written with {name}={checkpoint.facts[name]}, now it is {now}; the order of "
-                f"the samples would change in the middle of the run. Restore it, or start a new run_dir"
+                f"{checkpoint.path}: was written with {name}={checkpoint.facts[name]}, now it is {now}; {why}. "
+                f"Restore it, or start a new run_dir"
             )
 
 
@@ -316,6 +330,11 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def state_keys(checkpoint: Checkpoint) -> set[str]:
+    """Of the tensors that it has of parameters: "master" and what the optimizer kept."""
+    return {key for pieces in checkpoint.pieces.values() for piece in pieces for key in piece["keys"]}
+
+
 def file_names(checkpoint: Checkpoint) -> set[str]:
     return {piece["file"] for pieces in checkpoint.pieces.values() for piece in pieces}
 
@@ -332,6 +351,29 @@ def _check_hash(path: Path, expected: dict[str, Any]) -> None:
     found = file_hash(path)
     if found != expected["xxh3_128"]:
         raise CheckpointError(f"{path}: is damaged (xxh3 {found}, the manifest says {expected['xxh3_128']})")
+
+
+def write_hashed(path: Path, blocks: Iterable[memoryview], count: Callable[[int], None]) -> dict[str, Any]:
+    """Write a file, flushed to disk; returns its size and hash for the manifest.
+
+    `count` is told of the bytes that are on the disk, every FLUSH_BYTES: what the kernel has taken may still wait for
+    minutes. So a file of many gigabytes on a slow disk is not taken for one that stands still.
+    """
+    digest, num_bytes, flushed = xxhash.xxh3_128(), 0, 0
+    with path.open("wb", buffering=0) as file:
+        for block in blocks:
+            digest.update(block)
+            num_bytes += len(block)
+            left = block
+            while left:  # a disk that gets full takes a part first, and the rest with an error
+                left = left[file.write(left) :]
+            if num_bytes - flushed >= FLUSH_BYTES:
+                os.fdatasync(file.fileno())
+                count(num_bytes - flushed)
+                flushed = num_bytes
+        os.fsync(file.fileno())
+        count(num_bytes - flushed)
+    return {"bytes": num_bytes, "xxh3_128": digest.hexdigest()}
 
 
 def file_hash(path: Path) -> str:

@@ -32,6 +32,7 @@ from pretrain.metrics import open_metrics
 from pretrain.models import build_model
 from pretrain.objective import count_targets, global_mean, mean_losses
 from pretrain.optim import learning_rate
+from pretrain.optimizer_changes import optimizer_facts, state_reader
 from pretrain.report import write_report
 from pretrain.runtime import Runtime, StopRequest
 from pretrain.saver import open_saver
@@ -81,7 +82,7 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
                 metrics.log(evaluated := evaluate(config, model, validation, state.step, ranks))
                 state = replace(state, eval_loss=evaluated["eval_loss"])
             if last or state.step % config.checkpoint.every_steps == 0:
-                saver.save(state, engine.fragments(model), data.facts(state.step))
+                saver.save(state, engine.fragments(model), facts(config, data, state.step))
             if last:
                 break
     ranks.mark("end", state.step)
@@ -177,6 +178,11 @@ def sum_over_ranks(values: dict[str, Any], ranks: Runtime) -> dict[str, float]:
     return dict(zip(values, totals.tolist(), strict=True))
 
 
+def facts(config: PretrainConfig, data: Stream, step: int) -> dict[str, Any]:
+    """What may not change within a run, at `step`; every checkpoint says what it was."""
+    return data.facts(step) | optimizer_facts(config.train.optimizer)
+
+
 def prepare_run_dir(config: PretrainConfig, data: Stream, ranks: Runtime) -> Path:
     """Make the run directory with the resolved configuration and the tokenizer: it needs nothing from outside."""
     run_dir = Path(config.run_dir)
@@ -216,9 +222,9 @@ def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, rank
         found = upload.fetch_newest(address, run_dir, say, ranks)
     if found is None:
         return TrainState()
-    checkpoint.check_facts(found, data.facts(found.step))
+    checkpoint.check_facts(found, facts(config, data, found.step))
     checkpoint.check_parameters(found, engine.shapes(model))
-    engine.load_fragments(model, checkpoint.reader(found), found.state.updates)
+    engine.load_fragments(model, state_reader(found, config.train.optimizer, say), found.state.updates)
     say(f"going on from {found.path}")
     return found.state
 
