@@ -26,7 +26,7 @@ from configs.schema import PretrainConfig
 from data_pipeline.samples import tokens_before
 from data_pipeline.shards import DataError
 from data_pipeline.stream import Stream, open_stream
-from pretrain import checkpoint, engine, local_copies, runtime, upload
+from pretrain import checkpoint, engine, local_copies, runtime, sanity, upload
 from pretrain.checkpoint import CheckpointError
 from pretrain.metrics import open_metrics
 from pretrain.models import build_model
@@ -62,6 +62,7 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
     )
     ranks.mark("start", 0)  # the model is there; what follows may take as long again
     state = resume(config, model, data, run_dir, ranks)
+    sanity.check_start(config, model, data, validation, state.step, ranks)
     stop = StopRequest()
     with (
         open_metrics(run_dir, state.step, config.train.num_steps, config.log, ranks.is_first) as metrics,
@@ -69,6 +70,7 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
     ):
         if state.step == 0:
             metrics.log(evaluated := evaluate(config, model, validation, state.step, ranks))
+            sanity.check_first_loss(model, evaluated)
             state = replace(state, eval_loss=evaluated["eval_loss"])
         while state.step < config.train.num_steps:
             line = train_step(config, model, data, state.step, ranks)
