@@ -25,6 +25,7 @@ usage: millstream VERB CONFIG [key=value ...]
   data export arrow DIR OUT    a dataset directory -> one that `datasets` loads
   pretrain CONFIG              train; goes on from the newest checkpoint of run_dir
   prove resume CONFIG          kills and resumes a short run and compares it with an undisturbed one (steps=8)
+  prove kills CONFIG           the same with ranks killed at many random moments (kills=100 steps=40 seed=0)
   export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, weights=ema, output=DIR)
   finetune CONFIG              an exported directory -> a classifier
   config CONFIG [key ...]      effective values and where each comes from; --deepspeed: the generated JSON
@@ -71,6 +72,10 @@ def dispatch(words: list[str]) -> int:
             from launcher.prove import prove_resume
 
             return prove_resume(config, overrides, num_ranks)
+        case ["prove", "kills", config, *overrides]:
+            from launcher.prove_kills import prove_kills
+
+            return prove_kills(config, overrides, num_ranks)
         case ["export", *rest] if rest:
             return run_module("pretrain.export", rest)
         case ["config", config, *rest]:
