@@ -73,10 +73,12 @@ def initialize(
             deepspeed.zero.register_external_parameter(module, parameter)
     plain = make_optimizer(model, optimizer, layer_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=plain, config=json)
-    if stage == 0:
-        _clip_before_step(engine, optimizer.grad_clip)
-    elif isinstance(plain, (Lamb, Muon)):
+    if stage > 0 and isinstance(plain, (Lamb, Muon)):
         plain.layouts.update(_layouts(engine))
+    if stage == 0:
+        _step_when_finite(engine, optimizer.grad_clip)
+    else:
+        _refuse_when_not_finite(engine)
     return engine
 
 
@@ -89,14 +91,44 @@ def backward(engine: Any, loss: torch.Tensor) -> None:
     engine.backward(loss * engine.world_size, scale_wrt_gas=False)
 
 
+def update(engine: Any, is_wanted: bool = True) -> bool:
+    """After the last backward of a step: clip, update the weights and clear the gradient; returns whether it updated.
+
+    A gradient that is not finite, or `is_wanted` False, leaves weights, optimizer state and average bitwise as they
+    were, at every stage. Every rank calls it with the same `is_wanted`, and all get the same answer.
+    """
+    engine.is_update_wanted, engine.measured_norm = is_wanted, None
+    engine.step()
+    engine.is_update_wanted = True
+    is_applied = bool(engine.was_step_applied())
+    if not is_applied:
+        engine._global_grad_norm = engine.measured_norm  # DeepSpeed says "infinite", whatever it was
+    return is_applied
+
+
 def set_lr(engine: Any, lr: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
+def set_accumulation(engine: Any, num_micro_batches: int) -> None:
+    """The next update comes after so many micro batches of this rank, counted from now; every rank gives the same."""
+    engine.set_train_batch_size(num_micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+    engine.micro_steps = 0  # DeepSpeed updates where the count of all micro batches so far divides
+
+
 def grad_norm(engine: Any) -> float:
-    """The L2 norm of the last step's whole gradient, before clipping."""
+    """The L2 norm of the last step's whole gradient, before clipping; NaN if an element of it was."""
     return float(engine.get_global_grad_norm())
+
+
+def gradients(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The whole gradient of each trained parameter, between the last backward of a step and its update.
+
+    Every rank iterates; one is in memory at once.
+    """
+    for name, parameter in _trained(engine):
+        yield name, deepspeed.utils.safe_get_full_grad(parameter)
 
 
 def pieces(engine: Any) -> list[Piece]:
@@ -155,11 +187,36 @@ def averaged_weights(engine: Any) -> Iterator[None]:
         _swap_average(engine)
 
 
-def gather_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole parameters one after the other, as CPU tensors; every rank iterates, one is in memory at once."""
+def whole_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole parameters one after the other, in the model's dtype, as this rank has or gathers them.
+
+    Every rank iterates. A tensor is that of the engine and is gone with the next one.
+    """
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
-            yield name, parameter.detach().cpu().clone()
+            yield name, parameter.detach()
+
+
+def gather_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole parameters one after the other, as CPU tensors; every rank iterates, one is in memory at once."""
+    for name, weight in whole_weights(engine):
+        yield name, weight.cpu().clone()
+
+
+def unlike_masters(engine: Any) -> list[str]:
+    """Parameters of which this rank's piece, in the model's dtype, is not bitwise its fp32 weights, rounded.
+
+    Between two steps there are none, unless memory was changed by something else.
+    """
+    unlike = []
+    for piece in pieces(engine):
+        used = piece.parameter.ds_tensor.view(-1)[: piece.length] if engine.zero_optimization_stage() == 3 else None
+        if used is None:
+            used = piece.parameter.detach().view(-1)[piece.start : piece.start + piece.length]
+        master = piece.master.detach().view(-1)[piece.offset : piece.offset + piece.length].to(used.dtype)
+        if not torch.equal(used.view(torch.uint8), master.view(torch.uint8)):
+            unlike.append(piece.name)
+    return unlike
 
 
 def close(engine: Any) -> None:
@@ -277,12 +334,82 @@ def _make_state(engine: Any) -> None:
         group["lr"] = rate
 
 
-def _clip_before_step(engine: Any, largest: float) -> None:
-    """At stage 0 DeepSpeed clips the gradient but forgets its norm, so both are done here; 0 turns clipping off."""
+def _step_when_finite(engine: Any, largest: float) -> None:
+    """At stage 0 DeepSpeed applies any gradient, and clips it but forgets its norm; so all of it is done here.
+
+    `largest` is the norm above which the gradient is clipped; 0 turns that off.
+    """
     engine.clip_fp32_gradients = lambda: None
+    engine.is_update_wanted = True
+    optimizer, step = engine.optimizer, engine.optimizer.step
 
-    def clip(optimizer: Any, *arguments: Any) -> None:
+    def step_when_finite(*arguments: Any) -> None:
         parameters = [parameter for _, parameter in _trained(engine)]
-        optimizer._global_grad_norm = nn.utils.clip_grad_norm_(parameters, largest or float("inf"))
+        norm = nn.utils.clip_grad_norm_(parameters, largest or float("inf"))
+        optimizer._global_grad_norm = engine.measured_norm = norm
+        optimizer.overflow = not (engine.is_update_wanted and bool(norm.isfinite()))  # what DeepSpeed asks for
+        if not optimizer.overflow:
+            step(*arguments)
 
-    engine.optimizer.register_step_pre_hook(clip)
+    optimizer.step = step_when_finite
+
+
+def _refuse_when_not_finite(engine: Any) -> None:
+    """At stages 1 to 3 DeepSpeed discards a step whose norm is below 0 or not finite; here it learns of our reasons.
+
+    All ranks have the same norm, so all decide alike. Of a refused step `engine.measured_norm` is what it was.
+    """
+    engine.is_update_wanted = True
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        measure_groups = optimizer._get_norm_groups
+
+        def norms_or_refusal() -> list[torch.Tensor]:
+            norms = measure_groups()
+            engine.measured_norm = _whole_norm(engine, norms)
+            return norms if engine.is_update_wanted else [torch.full_like(norms[0], -1.0)]
+
+        optimizer._get_norm_groups = norms_or_refusal
+    elif hasattr(optimizer, "scaled_global_norm"):
+        measure = optimizer.scaled_global_norm
+
+        def norm_or_refusal() -> torch.Tensor:
+            norm: torch.Tensor = measure()
+            engine.measured_norm = _whole_norm(engine, [norm])
+            return norm if engine.is_update_wanted else torch.full_like(norm, -1.0)
+
+        optimizer.scaled_global_norm = norm_or_refusal
+        optimizer.check_grad_overflow = True  # or with bf16 the norm would not be judged
+        optimizer.check_overflow = lambda **arguments: None  # the norm says it: no search through the gradients before
+    else:
+        _refuse_at_stage_1_with_bf16(engine)
+
+
+def _refuse_at_stage_1_with_bf16(engine: Any) -> None:
+    """There DeepSpeed has another optimizer, whose ranks have the whole gradient and measure it each for itself."""
+    optimizer = engine.optimizer
+    collect, clear = optimizer.get_grads_for_norm, optimizer.clear_hp_grads
+
+    def gradients_or_refusal(for_clipping: bool = False) -> Any:
+        if engine.is_update_wanted or for_clipping:
+            return collect(for_clipping)
+        return [torch.full((1,), float("inf"), device=engine.device)], {}
+
+    def measure_and_clear() -> None:
+        if optimizer.overflow and engine.measured_norm is None:
+            norms = [gradient.norm() for group in optimizer.fp32_groups_gradients for gradient in group]
+            engine.measured_norm = torch.linalg.vector_norm(torch.stack(norms))
+        clear()
+
+    optimizer.get_grads_for_norm, optimizer.clear_hp_grads = gradients_or_refusal, measure_and_clear
+
+
+def _whole_norm(engine: Any, norms: list[torch.Tensor]) -> torch.Tensor:
+    """The norm out of those of the groups; where one is not finite, for which they have -1, NaN or infinity."""
+    stacked = torch.stack(norms).float()
+    if bool(((stacked >= 0) & stacked.isfinite()).all()):
+        return torch.linalg.vector_norm(stacked)
+    gradients = [g for group in engine.optimizer.averaged_gradients.values() for g in group or [] if g is not None]
+    has_nan = torch.tensor(int(any(bool(gradient.isnan().any()) for gradient in gradients)), device=engine.device)
+    torch.distributed.all_reduce(has_nan, torch.distributed.ReduceOp.MAX)
+    return torch.tensor(float("nan") if has_nan else float("inf"))

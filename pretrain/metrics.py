@@ -57,7 +57,9 @@ class Metrics:
         shown = describe(line)
         if "loss" in line:
             self.progress.update(self.task, completed=step, shown=shown)
-        is_due = "loss" not in line or step % self.config.every_steps == 0 or step == self.num_steps
+        is_due = (
+            "loss" not in line or "skipped" in line or step % self.config.every_steps == 0 or step == self.num_steps
+        )
         if is_due and (self.progress.disable or "loss" not in line):
             self.progress.console.print(f"step {step:>6}/{self.num_steps}  {shown}", highlight=False, soft_wrap=True)
 
@@ -126,4 +128,6 @@ def describe(line: dict[str, Any]) -> str:
         parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
     if not math.isfinite(line["loss"]):
         parts.append("NOT FINITE")
+    if "skipped" in line:
+        parts.append(f"NO UPDATE (gradient norm {line['grad_norm']:.4g})")
     return "  ".join(parts)

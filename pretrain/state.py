@@ -10,19 +10,33 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+# Checkpoints from before have no such values.
+ADDED_LATER = frozenset({"skipped_in_a_row", "step_seconds", "end_seconds"})
+
 
 @dataclass(frozen=True)
 class TrainState:
     step: int = 0  # steps made: the number of the next one
     updates: int = 0  # steps whose update was applied; the optimizer's bias correction counts these
-    seconds: float = 0.0  # spent in training, over all resumes
+    seconds: float = 0.0  # of the run's wall-clock time, over all resumes, by rank 0's clock
+    step_seconds: float = 0.0  # what the longest of the newest steps took; budget.py goes by it
+    end_seconds: float = 0.0  # what an evaluation and a save take at most, as far as known
     eval_loss: float | None = None  # of the newest evaluation; checkpoint.keep_best goes by it
+    skipped_in_a_row: int = 0  # the newest steps, if they had no update; guard.non_finite_limit goes by it
+
+    @property
+    def skipped(self) -> int:
+        """Steps that had no update, in all."""
+        return self.step - self.updates
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainState:
-        """The state that `to_json` gave. Raises ValueError for values that are missing or not known."""
+        """The state that `to_json` gave. Raises ValueError for values that are missing or not known.
+
+        What was added later may be missing: it is then what it was before the run had it, the default.
+        """
         names = {field.name for field in dataclasses.fields(cls)}
-        if values.keys() != names:
+        if not names - ADDED_LATER <= values.keys() <= names:
             raise ValueError(f"state has {sorted(values)}, expected {sorted(names)}")
         return cls(**values)
 

@@ -1,0 +1,29 @@
+"""A checkpoint -> the model of a run: what may go on from it, and from where the data goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from configs.schema import PretrainConfig
+from data_pipeline.stream import Stream
+from pretrain import checkpoint, engine
+from pretrain.checkpoint import Checkpoint
+from pretrain.optimizer_changes import optimizer_facts, state_reader
+from pretrain.state import TrainState
+
+
+def load(found: Checkpoint, config: PretrainConfig, model: Any, data: Stream, say: Callable[[str], None]) -> TrainState:
+    """Fill the model with weights and optimizer state and return the run's state; every rank calls it.
+
+    Raises CheckpointError where the checkpoint is not one of this configuration.
+    """
+    checkpoint.check_facts(found, facts(config, data, found.step))
+    checkpoint.check_parameters(found, engine.shapes(model))
+    engine.load_fragments(model, state_reader(found, config.train.optimizer, say), found.state.updates)
+    return found.state
+
+
+def facts(config: PretrainConfig, data: Stream, step: int) -> dict[str, Any]:
+    """What may not change within a run, at `step`; every checkpoint says what it was."""
+    return data.facts(step) | optimizer_facts(config.train.optimizer)
