@@ -1,5 +1,6 @@
 """This process among the others: rank, device, process group, seeds and signals. Reads what any launcher leaves in the
-environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them the process is alone.
+environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or what srun and mpirun do (see `placement`);
+without any of it the process is alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from configs.phases import Mark, no_mark
+from pretrain.placement import Placement, address, placement
 from pretrain.watchdog import watch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -72,7 +74,8 @@ def start(run_dir: str | None = None, stall_seconds: int | None = None) -> Runti
     faulthandler.enable()  # a crash inside of C prints the Python stacks
     environment = os.environ
     if "RANK" not in environment:
-        environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        place = placement(environment) or Placement("0", "1", "0", "1", "127.0.0.1", _free_port())
+        environment.update(replace(place, master_addr=address(place.master_addr)).variables())
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     local_rank = int(environment.get("LOCAL_RANK", "0"))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: no traceback
