@@ -11,6 +11,7 @@ what was stored survives the process, however it ends. All of it is 64-bit integ
     words 7..15    host name, UTF-8, padded with zeros
     words 16..     CAPACITY records of 3 words: time (ns since 1970), step, index into PHASES; mark n is in record
                    n % CAPACITY
+    the last word  bytes of checkpoints that are safe on the disk; threads of the rank add to it
 
 The number of marks is stored last, in one store, so a reader never takes a record for the newest that is half written.
 """
@@ -33,7 +34,8 @@ PAGE = 4096  # bytes
 HEADER_WORDS = 16
 HOST_WORDS = slice(7, 16)
 COUNT = 6
-CAPACITY = (PAGE // 8 - HEADER_WORDS) // 3
+NUM_BYTES = PAGE // 8 - 1
+CAPACITY = (NUM_BYTES - HEADER_WORDS) // 3
 MAGIC = int.from_bytes(b"phases01", "little") & (2**63 - 1)
 
 Mark = Callable[[str, int], None]  # (phase, step): that phase of the step from `step` to `step + 1` begins now
@@ -51,6 +53,7 @@ class Ring:
     host: str
     num_marks: int
     marks: tuple[tuple[float, int, str], ...]  # the newest ones, fewer than CAPACITY, oldest first: time, step, phase
+    num_bytes: int = 0  # of checkpoints, that are on the disk
 
     @property
     def since(self) -> float:
@@ -102,6 +105,20 @@ def marker(words: memoryview) -> Mark:
     return mark
 
 
+def byte_counter(path: Path) -> Callable[[int], None]:
+    """The function that adds bytes to the ring at `path`, for any thread; without a ring it does nothing."""
+    try:
+        with path.open("r+b") as file:
+            words = memoryview(mmap.mmap(file.fileno(), PAGE)).cast("q")
+    except OSError:
+        return lambda num_bytes: None
+
+    def count(num_bytes: int) -> None:
+        words[NUM_BYTES] += num_bytes  # of two threads one may be lost; what matters is that the number moves
+
+    return count
+
+
 def no_mark(phase: str, step: int) -> None:
     """The `Mark` of a process whose phases nobody reads: it belongs to no run directory."""
 
@@ -130,13 +147,18 @@ def read_ring(path: Path) -> Ring | None:
     for number in kept:
         place = HEADER_WORDS + number % CAPACITY * 3
         marks.append((words[place] / 1e9, words[place + 1], PHASES[words[place + 2]]))
-    return Ring(rank, world_size, pid, main_thread, started / 1e9, host, count, tuple(marks))
+    return Ring(rank, world_size, pid, main_thread, started / 1e9, host, count, tuple(marks), words[NUM_BYTES])
 
 
 def read_rings(run_dir: str | Path, world_size: int) -> list[Ring | None]:
     """Of every rank of a run of `world_size`; those that an earlier run of another size left behind are none."""
     rings = [read_ring(ring_path(run_dir, rank)) for rank in range(world_size)]
     return [ring if ring and ring.world_size == world_size else None for ring in rings]
+
+
+def bytes_written(run_dir: str | Path, world_size: int) -> int:
+    """Of checkpoints, by all ranks. While it grows, those who wait for a slow disk do not stand still."""
+    return sum(ring.num_bytes for ring in read_rings(run_dir, world_size) if ring)
 
 
 class QuietTime:

@@ -29,12 +29,14 @@ class Watch:
     def stalled(self, running: list[int]) -> float | None:
         """The seconds for which the quietest of these ranks has made no mark, if they are too many; else none.
 
-        A rank that has not opened its ring counts from the first call on. Cheap: it looks every few calls only.
+        While bytes of a checkpoint reach the disk, on any of them, none is quiet. A rank that has not opened its ring
+        counts from the first call on. Cheap: it looks every few calls only.
         """
         if self.stall_seconds is None or time.monotonic() < self._next:
             return None
         self._next = time.monotonic() + self._interval
         rings = {rank: self.ring(rank) for rank in running}
-        quiet = self._quiet.look({rank: ring.num_marks if ring else -1 for rank, ring in rings.items()})
+        written = sum(ring.num_bytes for ring in rings.values() if ring)
+        quiet = self._quiet.look({rank: (ring.num_marks if ring else -1) + written for rank, ring in rings.items()})
         longest = max(quiet.values(), default=0.0)
         return longest if longest >= self.stall_seconds else None

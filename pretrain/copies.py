@@ -5,7 +5,6 @@ What arrives is checked as a whole before it gets its name, so a bad copy is nev
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import threading
@@ -15,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from configs.load import ConfigError
 from data_pipeline.errors import DataError
 from pretrain import checkpoint
@@ -24,7 +21,6 @@ from pretrain.checkpoint import Checkpoint, CheckpointError
 from pretrain.runtime import Runtime
 
 POLL_SECONDS = 0.2
-BLOCK_BYTES = 1 << 24
 
 
 class _Getting(threading.Thread):
@@ -79,17 +75,19 @@ def bring(
     return replace(found, path=target)
 
 
-def copy_file(source: Path, target: Path, expected: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Copy a file, flushed to disk; returns its size and hash. Raises OSError if they are not those `expected`."""
-    digest, num_bytes = xxhash.xxh3_128(), 0
-    with source.open("rb", buffering=0) as file, target.open("wb", buffering=0) as copy:
-        while block := memoryview(file.read(BLOCK_BYTES) or b""):
-            digest.update(block)
-            num_bytes += len(block)
-            while block:  # a disk that gets full takes a part first, and the rest with an error
-                block = block[copy.write(block) :]
-        os.fsync(copy.fileno())
-    entry = {"bytes": num_bytes, "xxh3_128": digest.hexdigest()}
+def copy_file(
+    source: Path,
+    target: Path,
+    expected: dict[str, Any] | None = None,
+    count: Callable[[int], None] = lambda num_bytes: None,
+) -> dict[str, Any]:
+    """Copy a file, flushed to disk; returns its size and hash. Raises OSError if they are not those `expected`.
+
+    `count` as in `checkpoint.write_hashed`.
+    """
+    with source.open("rb", buffering=0) as file:
+        blocks = iter(lambda: memoryview(file.read(checkpoint.BLOCK_BYTES) or b""), memoryview(b""))
+        entry = checkpoint.write_hashed(target, blocks, count)
     if expected not in (None, entry):
         raise OSError(f"{source}: is damaged ({entry}, {expected} was written)")
     return entry

@@ -16,7 +16,6 @@ finished to the run directory. It may take longer than the saves are apart: thos
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -27,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
+from configs.phases import byte_counter, ring_path
 from configs.schema import CheckpointConfig
 from pretrain import checkpoint, local_copies
 from pretrain.checkpoint import CheckpointError, Fragment
@@ -36,8 +35,6 @@ from pretrain.copies import copy_file
 from pretrain.runtime import Runtime
 from pretrain.state import TrainState
 from pretrain.upload import Uploader, wait_at_end
-
-BLOCK_BYTES = 1 << 24  # written and hashed at once, without holding the interpreter
 
 
 class Writing(threading.Thread):
@@ -84,6 +81,7 @@ class Saver:
         self._newest = 0  # step of the newest in the run directory by this saver
         self._host: dict[tuple[str, str], torch.Tensor] = {}
         self._waited = 0.0
+        self._count = byte_counter(ring_path(run_dir, runtime.rank))
         self.uploader = Uploader(run_dir, config.upload) if config.upload and runtime.is_first else None
 
     @property
@@ -117,7 +115,7 @@ class Saver:
             state,
             facts,
             checkpoint.layout(copies),
-            lambda path: write_safetensors(path, tensors),
+            lambda path: write_safetensors(path, tensors, self._count),
         )
         if not self.config.background:
             self.finish()
@@ -186,7 +184,7 @@ class Saver:
             return
         source, entry = save.target / save.thread.path.name, save.thread.entry
         self._copying = self._begin(
-            self.run_dir, save.state, save.facts, save.layout, lambda path: copy_file(source, path, entry)
+            self.run_dir, save.state, save.facts, save.layout, lambda path: copy_file(source, path, entry, self._count)
         )
 
     def _finish_copying(self) -> None:
@@ -283,8 +281,12 @@ def open_saver(run_dir: Path, config: CheckpointConfig, runtime: Runtime) -> Ite
     saver.close()
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def write_safetensors(
+    path: Path, tensors: dict[str, torch.Tensor], count: Callable[[int], None] = lambda num_bytes: None
+) -> dict[str, Any]:
     """Write flat fp32 CPU `tensors` into a file, flushed to disk; returns its size and hash for the manifest.
+
+    `count` as in `checkpoint.write_hashed`.
 
     Why not safetensors' own `save_file`: it holds the interpreter while it writes, and the training loop with it. The
     layout is https://huggingface.co/docs/safetensors: the header's length, the header in JSON, the numbers.
@@ -296,19 +298,11 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str,
         header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest, num_bytes = xxhash.xxh3_128(), 0
-    with path.open("wb", buffering=0) as file:
-        views = [memoryview(len(text).to_bytes(8, "little") + text)]
-        views += [tensor.numpy().data.cast("B") for tensor in tensors.values()]
-        for view in views:
-            for start in range(0, len(view), BLOCK_BYTES):
-                block = view[start : start + BLOCK_BYTES]
-                digest.update(block)
-                num_bytes += len(block)
-                while block:  # a disk that gets full takes a part first, and the rest with an error
-                    block = block[file.write(block) :]
-        os.fsync(file.fileno())
-    return {"bytes": num_bytes, "xxh3_128": digest.hexdigest()}
+    views = [memoryview(len(text).to_bytes(8, "little") + text)]
+    views += [tensor.numpy().data.cast("B") for tensor in tensors.values()]
+    size = checkpoint.BLOCK_BYTES
+    blocks = (view[start : start + size] for view in views for start in range(0, len(view), size))
+    return checkpoint.write_hashed(path, blocks, count)
 
 
 def _attempt(action: Callable[[], object]) -> str | None:

@@ -2,9 +2,10 @@
 
 `watch` opens the rank's ring (configs/phases.py) and makes the process answer SIGUSR2 with its Python stacks, which
 works while the main thread is inside of C. A thread looks at the ring from within: when it has stood still for too
-long, the first rank to notice reports who is behind, from the files of all ranks, and every rank leaves with exit code
-124. The launcher does the same from outside, earlier, and for ranks that cannot (a stopped process has stopped
-threads); the thread is what ends a run under the deepspeed launcher or SLURM.
+long, and no rank's checkpoint comes any further on its disk either, the first rank to notice reports who is behind,
+from the files of all ranks, and every rank leaves with exit code 124. The launcher does the same from outside, earlier,
+and for ranks that cannot (a stopped process has stopped threads); the thread is what ends a run under the deepspeed
+launcher or SLURM.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import BinaryIO
 
 from configs import stalls
 from configs.load import ConfigError
-from configs.phases import COUNT, Mark, QuietTime, marker, open_ring, ring_path, stacks_path
+from configs.phases import COUNT, Mark, QuietTime, bytes_written, marker, open_ring, ring_path, stacks_path
 
 WATCHED = "MILLSTREAM_WATCHED"  # set by our launcher: it is the first to act, this is for the case that it is gone
 LAUNCHER_SECONDS = 60  # it gets
@@ -52,8 +53,13 @@ def watch(run_dir: str, rank: int, world_size: int, stall_seconds: int | None) -
 
 def _end_when_quiet(words: memoryview, stacks: BinaryIO, run_dir: Path, world_size: int, patience: float) -> None:
     interval = min(5.0, patience / 20)
-    began, quiet = time.time(), QuietTime(interval)
-    while (seconds := quiet.look({0: words[COUNT]})[0]) < patience:
+    began, quiet, num_bytes = time.time(), QuietTime(interval), 0
+    while True:
+        seconds, of_writes = quiet.look({0: words[COUNT], 1: num_bytes}).values()
+        if seconds >= patience and of_writes >= patience / 2:
+            break
+        if seconds >= patience / 2:  # it may wait for a rank whose disk is slow; before, nobody's files are read
+            num_bytes = bytes_written(run_dir, world_size)
         time.sleep(interval)
     faulthandler.dump_traceback(file=stacks, all_threads=True)
     arguments = (run_dir, world_size, seconds, began + patience / 2)

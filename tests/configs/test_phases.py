@@ -10,7 +10,17 @@ import time
 import timeit
 
 from configs import phases
-from configs.phases import CAPACITY, QuietTime, marker, open_ring, read_ring, read_rings, ring_path
+from configs.phases import (
+    CAPACITY,
+    QuietTime,
+    byte_counter,
+    bytes_written,
+    marker,
+    open_ring,
+    read_ring,
+    read_rings,
+    ring_path,
+)
 from tests.conftest import ROOT
 
 
@@ -78,6 +88,26 @@ def test_files_that_are_no_rings_of_this_run_are_none(tmp_path):
     ring_path(tmp_path, 2).write_bytes(b"x" * phases.PAGE)
     found = read_rings(tmp_path, 3)
     assert [ring is not None for ring in found] == [True, False, False]
+
+
+def test_bytes_on_the_disk_are_counted_over_ranks_and_leave_the_marks_alone(tmp_path):
+    (tmp_path / "ranks").mkdir()
+    marks = [marker(open_ring(ring_path(tmp_path, rank), rank, 2)) for rank in (0, 1)]
+    for step in range(CAPACITY):
+        marks[1]("data", step)
+    counters = [byte_counter(ring_path(tmp_path, rank)) for rank in (0, 1)]
+    counters[0](5 << 30)
+    counters[1](7)
+    counters[1](1)
+    ring = read_ring(ring_path(tmp_path, 1))
+    assert ring is not None and (ring.num_bytes, ring.num_marks, ring.step) == (8, CAPACITY, CAPACITY - 1)
+    assert [step for _, step, _ in ring.marks] == list(range(1, CAPACITY))
+    assert bytes_written(tmp_path, 2) == (5 << 30) + 8
+
+
+def test_bytes_of_a_process_without_a_ring_are_not_counted(tmp_path):
+    byte_counter(ring_path(tmp_path, 0))(5)
+    assert bytes_written(tmp_path, 1) == 0
 
 
 def test_quiet_time_counts_only_while_the_watcher_runs(monkeypatch):
