@@ -24,8 +24,10 @@ usage: millstream VERB CONFIG [key=value ...]
   data import FORMAT SRC OUT   a dataset of megatron or mds -> a dataset directory (tokenizer=DIR)
   data export arrow DIR OUT    a dataset directory -> one that `datasets` loads
   pretrain CONFIG              train; goes on from the newest checkpoint of run_dir
+  prove loss CONFIG            ranks, ZeRO stages, packing, kernels, precision ... against plain float32 (steps=4)
   prove resume CONFIG          kills and resumes a short run and compares it with an undisturbed one (steps=8)
   prove kills CONFIG           the same with ranks killed at many random moments (kills=100 steps=40 seed=0)
+  replay RUN_DIR|CONFIG STEP   runs the batch of that step again and shows where its numbers go wrong (exact=false)
   export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, weights=ema, output=DIR)
   finetune CONFIG              an exported directory -> a classifier
   config CONFIG [key ...]      effective values and where each comes from; --deepspeed: the generated JSON
@@ -68,6 +70,10 @@ def dispatch(words: list[str]) -> int:
             return start("pretrain.train", config, overrides, num_ranks)
         case ["finetune", config, *overrides]:
             return start("finetune.run", config, overrides, num_ranks)
+        case ["prove", "loss", config, *overrides]:
+            from launcher.prove_loss import prove_loss
+
+            return prove_loss(config, overrides, num_ranks)
         case ["prove", "resume", config, *overrides]:
             from launcher.prove import prove_resume
 
@@ -76,6 +82,10 @@ def dispatch(words: list[str]) -> int:
             from launcher.prove_kills import prove_kills
 
             return prove_kills(config, overrides, num_ranks)
+        case ["replay", place, step, *rest]:
+            from launcher.replay import replay
+
+            return replay(place, step, rest, num_ranks)
         case ["export", *rest] if rest:
             return run_module("pretrain.export", rest)
         case ["config", config, *rest]:

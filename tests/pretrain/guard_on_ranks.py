@@ -56,7 +56,9 @@ def step(model, number: int, seq_len: int, is_wanted: bool = True) -> tuple[floa
         loss = model(input_ids=ids[:, :-1], labels=ids[:, 1:])["clm"] / (BATCH * seq_len)
         engine.backward(model, loss)
         total += loss.item()
+    norm = math.sqrt(sum(gradient.norm().item() ** 2 for _, gradient in engine.gradients(model)))
     is_updated = engine.update(model, is_wanted)
+    assert math.isnan(norm) or math.isclose(norm, engine.grad_norm(model), rel_tol=1e-5)
     return ranks.sum(torch.tensor(total, dtype=torch.float64)).item(), engine.grad_norm(model), is_updated
 
 

@@ -162,6 +162,37 @@ def test_stopped_run_leaves_the_batch_and_the_weights_it_stopped_with(diverged):
     assert checkpoint.newest_valid(run_dir) is None, "weights that have diverged are no checkpoint of the run"
 
 
+@pytest.mark.distributed
+def test_step_that_stopped_a_run_is_replayed_with_its_batch_and_weights_and_names_the_first_module(diverged):
+    run_dir, _ = diverged
+    last = max(steps(run_dir))
+    shown = millstream("replay", str(run_dir), str(last)).stdout
+    assert "dumped when the run was stopped; the data pipeline makes the same now" in shown
+    assert "rank 0, forward: first blocks.0.attention_norm (LayerNorm)" in shown
+    found = json.loads((run_dir / f"stopped/replay/step-{last:08d}.json").read_text())
+    assert math.isnan(found["losses"]["loss"]) and math.isnan(found["gradient_norms"]["blocks.0.mlp.up.weight"])
+    assert found["modules_not_finite"][0]["was_given_finite"] and not found["weights_not_finite"]
+    assert steps(run_dir).keys() == set(range(1, last + 1)), "a replay writes no metrics"
+
+
+@pytest.mark.distributed
+def test_any_step_is_replayed_bitwise_from_the_checkpoint_before_it(config, poisoned):
+    shown = millstream("replay", str(poisoned), "8")
+    assert "making 1 steps again, from step 6" in shown.stdout, shown.stderr[-2000:]
+    found = json.loads((poisoned / "replay/step-00000008.json").read_text())
+    line = steps(poisoned)[8]
+    assert found["losses"]["loss"] == line["loss"] and found["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4)
+    assert found["weights_not_finite"] == {"position_embeddings.weight": 1} and not found["modules_not_finite"]
+    data = open_stream(load_pretrain(config, list(SETTINGS)), "train")
+    names = [name for rank in range(2) for name in data.samples.sample_ids(7, rank, 2)]
+    data.close()
+    assert [[sample["source"], sample["sample"]] for sample in found["samples"]] == names
+    losses = [sample["loss"] for sample in found["samples"]]
+    assert sum(losses) / len(losses) == pytest.approx(line["loss"], rel=2e-3), "there is no dropout here"
+    assert any(word in found["samples"][0]["text"] for word in ("river", "sun", "king"))
+    assert checkpoint.newest_valid(poisoned).step == 8 and steps(poisoned)[8] == line
+
+
 def test_terminal_says_that_there_was_no_update():
     shown = describe({"step": 3, "loss": 2.5, "grad_norm": math.inf, "skipped": 1})
     assert "NO UPDATE (gradient norm inf)" in shown
