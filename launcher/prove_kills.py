@@ -39,7 +39,7 @@ from launcher.resume_comparison import read_lines
 
 DEFAULTS = {"kills": 100, "steps": 40, "seed": 0}
 LEAST = {"kills": 1, "steps": 8, "seed": 0}
-CLOCKS = ("tokens_per_second", "step_seconds", "save_wait_seconds")
+CLOCKS = ("seconds", "_per_second")  # how the names of those numbers end that are measured with a clock
 SHOWN_LINES = 30  # of a run that ended by itself
 Line = dict[str, Any]  # of metrics.jsonl
 
@@ -222,7 +222,9 @@ def read_metrics(run_dir: Path) -> list[Line]:
 
 def comparable(run_dir: Path) -> list[Line]:
     """The complete lines of metrics.jsonl without what is measured with a clock."""
-    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in read_metrics(run_dir)]
+    return [
+        {name: value for name, value in line.items() if not name.endswith(CLOCKS)} for line in read_metrics(run_dir)
+    ]
 
 
 def check_lines(found: list[Line], expected: list[Line]) -> None:
@@ -303,9 +305,9 @@ def check_end(run_dir: Path, undisturbed: Path, num_steps: int) -> None:
 
 
 def without_clock(manifest: bytes) -> bytes:
-    """The manifest of a checkpoint without the seconds in training, and so without its own checksum."""
+    """The manifest of a checkpoint without the seconds in its state, and so without its own checksum."""
     content = json.loads(manifest)
-    content["state"].pop("seconds")
+    content["state"] = {name: value for name, value in content["state"].items() if not name.endswith(CLOCKS)}
     content.pop("checksum")
     return json.dumps(content, sort_keys=True).encode()
 
