@@ -13,6 +13,7 @@ import pytest
 from pretrain.placement import first_host
 from tests.cluster.slurm import slurm_cluster
 from tests.conftest import ROOT
+from tests.pretrain.test_objective import metrics, small_run, words, write_random_tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -25,7 +26,7 @@ print(json.dumps([ranks.rank, ranks.world_size, ranks.local_rank, int(os.environ
 runtime.end()
 """
 COMMAND = [sys.executable, "-c", RANK]
-OWN = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+OWN = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def run(command: list[str], environment: dict[str, str]) -> list[list[int]]:
@@ -35,10 +36,18 @@ def run(command: list[str], environment: dict[str, str]) -> list[list[int]]:
     return sorted(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
 
 
-def test_tasks_of_srun_on_two_nodes_are_ranks_and_a_batch_script_is_alone(tmp_path):
+def test_tasks_of_srun_on_two_nodes_are_ranks_that_train_and_a_batch_script_is_alone(tmp_path):
     with slurm_cluster(tmp_path / "slurm") as environment:
         found = run(["srun", "--nodes=2", "--ntasks=3", "--distribution=block", *COMMAND], environment)
         assert found == [[0, 3, 0, 2, 111], [1, 3, 1, 2, 111], [2, 3, 0, 1, 111]]
+
+        write_random_tokens(tmp_path / "data")
+        config = small_run(tmp_path, {"dir": str(tmp_path / "data")}, {}, {})
+        run_dir = tmp_path / "run"
+        run(["srun", "--nodes=2", "--ntasks=2", sys.executable, *words(config, run_dir)], environment)
+        assert [line["step"] for line in metrics(run_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+        files = sorted(path.name for path in (run_dir / "checkpoints/step-00000006").iterdir())
+        assert files == ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"]
 
         script, output = tmp_path / "job.sh", tmp_path / "job.txt"
         script.write_text(f"#!/bin/bash\nexec {sys.executable} {tmp_path / 'rank.py'}\n")
