@@ -18,12 +18,13 @@ from configs.load import ConfigError, dump
 from configs.schema import PretrainConfig
 from data_pipeline.stream import Batch, Stream
 from pretrain.runtime import Runtime
+from pretrain.state import TrainState
 
 NAME = "batch"
 
 
-def write(folder: Path, config: PretrainConfig, step: int, data: Stream, ranks: Runtime) -> None:
-    """Write the micro batches of all ranks for the step from `step` to `step + 1`; every rank calls it.
+def write(folder: Path, config: PretrainConfig, state: TrainState, data: Stream, ranks: Runtime) -> None:
+    """Write the micro batches of all ranks for the step after `state`; every rank calls it.
 
     An earlier dump in `folder` is replaced.
     """
@@ -33,19 +34,25 @@ def write(folder: Path, config: PretrainConfig, step: int, data: Stream, ranks: 
         place.mkdir(parents=True)
         (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     ranks.barrier()
-    ranks.mark("save", step)
-    made = enumerate(data.micro_batches(step, ranks.rank, ranks.world_size))
+    ranks.mark("save", state.step)
+    made = enumerate(data.micro_batches(state.batch, ranks.rank, ranks.world_size))
     tensors = {f"{number}/{name}": tensor.clone() for number, batch in made for name, tensor in batch.items()}
     save_file(tensors, place / _file_name(ranks.rank))
     about = {
-        "step": step,  # the batch is that of the step from `step` to `step + 1`
+        "step": state.step,  # the batch is that of the step from this one to the next
+        "batch": state.batch,  # its number in the order of samples
         "world_size": ranks.world_size,
-        "sample_ids": [data.samples.sample_ids(step, rank, ranks.world_size) for rank in range(ranks.world_size)],
-        "facts": data.facts(step + 1),
+        "sample_ids": samples_of_ranks(data, state.batch, ranks.world_size),
+        "facts": data.facts(state.batch + 1),
     }
     if ranks.is_first:
         (place / "batch.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     ranks.barrier()
+
+
+def samples_of_ranks(data: Stream, batch: int, world_size: int) -> list[list[list[int]]]:
+    """For each rank the [source, sample] of each of its samples of the global batch of this number, in order."""
+    return [data.samples.sample_ids(batch, rank, world_size) for rank in range(world_size)]
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:

@@ -63,13 +63,8 @@ def note_skipped(run_dir: Path, line: Mapping[str, Any], state: TrainState, data
         loss=line["loss"],
         grad_norm=line["grad_norm"],
         in_a_row=state.skipped_in_a_row,
-        sample_ids=samples_of_ranks(data, line["step"] - 1, ranks.world_size),
+        sample_ids=batch_dump.samples_of_ranks(data, state.batch - 1, ranks.world_size),
     )
-
-
-def samples_of_ranks(data: Stream, step: int, world_size: int) -> list[list[list[int]]]:
-    """For each rank the [source, sample] of each sample of its batch, in order."""
-    return [data.samples.sample_ids(step, rank, world_size) for rank in range(world_size)]
 
 
 def stop_if_hopeless(
@@ -81,11 +76,12 @@ def stop_if_hopeless(
     """
     if state.skipped_in_a_row < config.guard.non_finite_limit:
         return
-    folder, step = run_dir / FOLDER, state.step - 1
-    before = replace(state, step=step, skipped_in_a_row=state.skipped_in_a_row - 1)  # the weights are those before it
-    batch_dump.write(folder, config, step, data, ranks)
+    folder = run_dir / FOLDER
+    # The weights are those before the step.
+    before = replace(state, step=state.step - 1, skipped_in_a_row=state.skipped_in_a_row - 1)
+    batch_dump.write(folder, config, before, data, ranks)
     with open_saver(folder, CheckpointConfig(keep_last=1, background=False), ranks) as saver:
-        saver.save(before, engine.fragments(model), facts(config, data, step))
+        saver.save(before, engine.fragments(model), facts(config, data, before.batch))
     text = (
         f"stopped at step {state.step}: {state.skipped_in_a_row} steps in a row had a loss or gradient that is not "
         f"finite. The last batch and the weights are in {folder}: `millstream replay {run_dir} {state.step}` shows "

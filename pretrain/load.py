@@ -18,12 +18,12 @@ def load(found: Checkpoint, config: PretrainConfig, model: Any, data: Stream, sa
 
     Raises CheckpointError where the checkpoint is not one of this configuration.
     """
-    checkpoint.check_facts(found, facts(config, data, found.step))
+    checkpoint.check_facts(found, facts(config, data, found.state.batch))
     checkpoint.check_parameters(found, engine.shapes(model))
     engine.load_fragments(model, state_reader(found, config.train.optimizer, say), found.state.updates)
     return found.state
 
 
-def facts(config: PretrainConfig, data: Stream, step: int) -> dict[str, Any]:
-    """What may not change within a run, at `step`; every checkpoint says what it was."""
-    return data.facts(step) | optimizer_facts(config.train.optimizer)
+def facts(config: PretrainConfig, data: Stream, batch: int) -> dict[str, Any]:
+    """What may not change within a run that has seen the batches before `batch`; every checkpoint says what it was."""
+    return data.facts(batch) | optimizer_facts(config.train.optimizer)

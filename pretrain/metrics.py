@@ -19,19 +19,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from configs.schema import LogConfig
 
 FILE = "metrics.jsonl"
+ROLLED_BACK = "rolled_back.jsonl"
 
 
 class Metrics:
     """Where the lines of a run go; made by `open_metrics`."""
 
     def __init__(self, run_dir: Path, step: int, num_steps: int, config: LogConfig) -> None:
-        self.config, self.num_steps = config, num_steps
+        self.run_dir, self.config, self.num_steps = run_dir, config, num_steps
         self.file = (run_dir / FILE).open("a", encoding="utf-8")
-        self.tensorboard = None
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
+        self.tensorboard = open_tensorboard(run_dir, step) if config.tensorboard else None
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -63,6 +60,19 @@ class Metrics:
         if is_due and (self.progress.disable or "loss" not in line):
             self.progress.console.print(f"step {step:>6}/{self.num_steps}  {shown}", highlight=False, soft_wrap=True)
 
+    def go_back(self, step: int) -> None:
+        """The run goes on from `step`: the lines after it become lines of rolled_back.jsonl."""
+        self.file.close()
+        gone = [line for line in read_metrics(self.run_dir) if line["step"] > step]
+        with (self.run_dir / ROLLED_BACK).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in gone))
+        drop_after(self.run_dir, step)
+        self.file = (self.run_dir / FILE).open("a", encoding="utf-8")
+        if self.tensorboard:
+            self.tensorboard.close()
+            self.tensorboard = open_tensorboard(self.run_dir, step)
+        self.progress.update(self.task, completed=step)
+
     def close(self) -> None:
         self.progress.stop()
         self.file.close()
@@ -74,6 +84,9 @@ class Silent:
     """The other ranks' metrics: nothing is written."""
 
     def log(self, line: dict[str, Any]) -> None:
+        pass
+
+    def go_back(self, step: int) -> None:
         pass
 
 
@@ -91,6 +104,13 @@ def open_metrics(
         yield metrics
     finally:
         metrics.close()
+
+
+def open_tensorboard(run_dir: Path, step: int) -> Any:
+    """A writer of curves that goes on after `step`: what is there of later steps is not shown any more."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
 
 
 def drop_after(run_dir: Path, step: int) -> None:

@@ -31,6 +31,7 @@ from pretrain.models import build_model
 from pretrain.not_finite import count_not_finite, watch
 from pretrain.objective import count_targets, global_mean
 from pretrain.runtime import Runtime
+from pretrain.state import TrainState, batch_number
 from pretrain.step import add_up_gradient, train_step
 
 NUM_SAMPLES, NUM_TEXTS, NUM_GRADIENTS = 16, 5, 12  # shown; the JSON file has all
@@ -63,15 +64,15 @@ def replay(config: PretrainConfig, number: int, is_exact: bool, ranks: Runtime) 
         config.train.optimizer,
         deepspeed_json(config, ranks.world_size),
     )
-    origin = fill(config, model, data, step, is_exact, ranks)
+    batch, origin = fill(config, model, data, step, is_exact, ranks)
     weights = count_not_finite(engine.fragments(model))
-    batches, batch_origin = batches_of_step(run_dir, data, step, ranks)
+    batches, batch_origin = batches_of_step(run_dir, data, batch, ranks)
     runtime.seed_all(config.train.seed, step, ranks.rank)
     model.train()
     with watch(model.module) as seen:
         losses = add_up_gradient(config, model, batches, step, ranks)
     gradients = {name: gradient.float().norm().item() for name, gradient in engine.gradients(model)}
-    samples = losses_of_samples(config, model, step, ranks)
+    samples = losses_of_samples(config, model, batch, ranks)
     told: list[Any] = ranks.gather((weights, samples, seen))
     data.close()
     ranks.barrier()
@@ -99,36 +100,36 @@ def replay(config: PretrainConfig, number: int, is_exact: bool, ranks: Runtime) 
     return found
 
 
-def fill(config: PretrainConfig, model: Any, data: Stream, step: int, is_exact: bool, ranks: Runtime) -> str:
-    """Give the model the weights that `step` begins with; returns where they come from."""
+def fill(
+    config: PretrainConfig, model: Any, data: Stream, step: int, is_exact: bool, ranks: Runtime
+) -> tuple[int, str]:
+    """Give the model the weights that `step` begins with; returns the number of its batch and where they come from."""
     run_dir = Path(config.run_dir)
     say = print if ranks.is_first else lambda text: None
     found = checkpoint.newest_valid(run_dir, say, ranks, last=step)
-    reached = 0
-    if found is not None:
-        load(found, config, model, data, say)
-        reached = found.step
+    state = load(found, config, model, data, say) if found else TrainState()
+    reached, batch = state.step, batch_number(step, state.passed_over)
     origin = str(found.path) if found else "drawn anew, as at the start of the run"
     if config.train.budget is not None and reached < step:
         say("train.budget: the learning rates of the steps in between followed a clock; they are not made again")
         is_exact = False
     if reached == step or not is_exact:
-        return origin if reached == step else f"{origin}, {step - reached} steps earlier"
+        return batch, origin if reached == step else f"{origin}, {step - reached} steps earlier"
     say(f"making {step - reached} steps again, from step {reached}")
     for earlier in range(reached, step):
-        train_step(config, model, data, earlier, ranks)
-    return f"{origin}, {step - reached} steps made again from there"
+        train_step(config, model, data, earlier, ranks, passed_over=state.passed_over)
+    return batch, f"{origin}, {step - reached} steps made again from there"
 
 
-def batches_of_step(run_dir: Path, data: Stream, step: int, ranks: Runtime) -> tuple[list[Batch], str]:
+def batches_of_step(run_dir: Path, data: Stream, batch: int, ranks: Runtime) -> tuple[list[Batch], str]:
     """This rank's micro batches, on its device: of a dump where there is one, else made; and where they come from."""
-    made = data.micro_batches(step, ranks.rank, ranks.world_size)
+    made = data.micro_batches(batch, ranks.rank, ranks.world_size)
     about, origin = batch_dump.read_about(run_dir), "made by the data pipeline"
-    if about is not None and about["step"] == step and about["world_size"] == ranks.world_size:
+    if about is not None and about["batch"] == batch and about["world_size"] == ranks.world_size:
         dumped = batch_dump.read(run_dir, ranks.rank)
         now = "the same" if all(ranks.gather(same(dumped, made))) else "ANOTHER ONE"
         made, origin = dumped, f"dumped when the run was stopped; the data pipeline makes {now} now"
-    return [data.expand(runtime.to_device(batch, ranks.device)) for batch in made], origin
+    return [data.expand(runtime.to_device(arrays, ranks.device)) for arrays in made], origin
 
 
 def same(left: Sequence[Batch], right: Sequence[Batch]) -> bool:
@@ -139,17 +140,17 @@ def same(left: Sequence[Batch], right: Sequence[Batch]) -> bool:
 
 
 @torch.no_grad()
-def losses_of_samples(config: PretrainConfig, model: Any, step: int, ranks: Runtime) -> list[dict[str, Any]]:
+def losses_of_samples(config: PretrainConfig, model: Any, batch: int, ranks: Runtime) -> list[dict[str, Any]]:
     """For each sample of this rank {"rank", "source", "sample", "loss", "text"}; without dropout, one at a time."""
     padded = config.model_copy(update={"data": config.data.model_copy(update={"unpad": False, "num_workers": 0})})
     data = open_stream(padded, "train")
     tokenizer = load_tokenizer(data.tokenizer_dir)
     model.eval()
-    names, samples = iter(data.samples.sample_ids(step, ranks.rank, ranks.world_size)), []
-    for made in data.micro_batches(step, ranks.rank, ranks.world_size):
-        batch = data.expand(runtime.to_device(made, ranks.device))
-        for row in range(len(batch["input_ids"])):
-            one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+    names, samples = iter(data.samples.sample_ids(batch, ranks.rank, ranks.world_size)), []
+    for made in data.micro_batches(batch, ranks.rank, ranks.world_size):
+        rows = data.expand(runtime.to_device(made, ranks.device))
+        for row in range(len(rows["input_ids"])):
+            one = {name: tensor[row : row + 1] for name, tensor in rows.items()}
             source, sample = next(names)
             loss = global_mean(model(**one), count_targets([one])).item()
             text = tokenizer.decode(one["input_ids"][0, :TEXT_TOKENS].tolist(), skip_special_tokens=False)

@@ -7,11 +7,12 @@ filled from a checkpoint and from its `TrainState` goes on as if it had never st
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 # Checkpoints from before have no such values.
-ADDED_LATER = frozenset({"skipped_in_a_row", "step_seconds", "end_seconds"})
+ADDED_LATER = frozenset({"recent_losses", "passed_over", "skipped_in_a_row", "step_seconds", "end_seconds"})
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,18 @@ class TrainState:
     end_seconds: float = 0.0  # what an evaluation and a save take at most, as far as known
     eval_loss: float | None = None  # of the newest evaluation; checkpoint.keep_best goes by it
     skipped_in_a_row: int = 0  # the newest steps, if they had no update; guard.non_finite_limit goes by it
+    recent_losses: tuple[float, ...] = ()  # of the newest steps, while guard.spike_sigmas looks for spikes
+    passed_over: tuple[tuple[int, int], ...] = ()  # batches that no step sees: number of the first, how many; in order
 
     @property
     def skipped(self) -> int:
         """Steps that had no update, in all."""
         return self.step - self.updates
+
+    @property
+    def batch(self) -> int:
+        """The number of the next step's global batch in the order of samples: that of the step, without rollbacks."""
+        return batch_number(self.step, self.passed_over)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainState:
@@ -38,7 +46,16 @@ class TrainState:
         names = {field.name for field in dataclasses.fields(cls)}
         if not names - ADDED_LATER <= values.keys() <= names:
             raise ValueError(f"state has {sorted(values)}, expected {sorted(names)}")
-        return cls(**values)
+        losses, passed_over = values.get("recent_losses", ()), values.get("passed_over", ())
+        return cls(**values | {"recent_losses": tuple(losses), "passed_over": tuple(map(tuple, passed_over))})
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def batch_number(step: int, passed_over: Sequence[tuple[int, int]]) -> int:
+    """The number of the global batch that the step from `step` to `step + 1` sees, of a run that passed over batches.
+
+    What was passed over lies before: a run that goes back forgets the steps after it.
+    """
+    return step + sum(number for _, number in passed_over)

@@ -12,30 +12,39 @@ from typing import Any
 
 import torch
 
-from configs.schema import PretrainConfig
+from configs.schema import PretrainConfig, TrainConfig
 from data_pipeline.samples import tokens_before
 from data_pipeline.stream import Batch, Stream
 from pretrain import engine, guard, runtime
 from pretrain.objective import count_targets, global_mean, mean_losses
 from pretrain.optim import learning_rate
 from pretrain.runtime import Runtime
+from pretrain.state import batch_number
 from pretrain.trace import write_trace
 from pretrain.verify import Verification, check_norm, is_due
 
 
 def train_step(
-    config: PretrainConfig, model: Any, data: Stream, step: int, ranks: Runtime, time_share: float = 0.0
+    config: PretrainConfig,
+    model: Any,
+    data: Stream,
+    step: int,
+    ranks: Runtime,
+    time_share: float = 0.0,
+    passed_over: Sequence[tuple[int, int]] = (),
 ) -> dict[str, float]:
     """One optimizer step, from `step` to `step + 1`; returns its line for metrics.jsonl.
 
     time_share: of the schedule, by a wall-clock budget; see budget.py.
+    passed_over: batches that the run does not see, see `TrainState`; the line then has the number of its `batch`.
 
     A loss or gradient that is not finite leaves the model as it was; the line then has `skipped`.
     """
     started = time.perf_counter()
     runtime.seed_all(config.train.seed, step, ranks.rank)  # dropout
+    number = batch_number(step, passed_over)
     if config.log.trace:
-        sample_ids = data.samples.sample_ids(step, ranks.rank, ranks.world_size)
+        sample_ids = data.samples.sample_ids(number, ranks.rank, ranks.world_size)
         write_trace(Path(config.run_dir), ranks.rank, step + 1, sample_ids)
     train = config.train
     lr = learning_rate(step, train.num_steps, train.optimizer.lr, train.schedule, time_share)
@@ -43,7 +52,7 @@ def train_step(
     model.train()
 
     ranks.mark("data", step)
-    made = data.micro_batches(step, ranks.rank, ranks.world_size)
+    made = data.micro_batches(number, ranks.rank, ranks.world_size)
     batches = [data.expand(runtime.to_device(batch, ranks.device)) for batch in made]
     losses = add_up_gradient(config, model, batches, step, ranks)
     ranks.mark("step", step)
@@ -53,7 +62,7 @@ def train_step(
         check_norm(engine.grad_norm(model), config, step, ranks)
 
     seconds = time.perf_counter() - started
-    before, after = tokens_before(config.train, step), tokens_before(config.train, step + 1)
+    before, after = tokens_seen(config.train, number, passed_over), tokens_seen(config.train, number + 1, passed_over)
     return {
         "step": step + 1,
         **losses,
@@ -62,6 +71,7 @@ def train_step(
         "tokens": after,
         "tokens_per_second": (after - before) / seconds,
         "step_seconds": seconds,
+        **({"batch": number} if passed_over else {}),
         **({} if is_updated else {"skipped": 1}),
     }
 
@@ -88,6 +98,12 @@ def add_up_gradient(
     if check is not None:
         check.compare(totals, losses)
     return losses
+
+
+def tokens_seen(train: TrainConfig, number: int, passed_over: Sequence[tuple[int, int]]) -> int:
+    """Tokens of the batches before `number`, without those passed over, all of which lie before it."""
+    passed = (tokens_before(train, first + count) - tokens_before(train, first) for first, count in passed_over)
+    return tokens_before(train, number) - sum(passed)
 
 
 def sum_over_ranks(values: dict[str, Any], ranks: Runtime) -> dict[str, float]:
