@@ -1,9 +1,9 @@
 """Kills ranks of a run at a random moment of its life: `draw` says when and who, `Killer` does it.
 
 A moment is either some seconds after the start, which falls into the imports, the meeting of the ranks or the loading
-of a checkpoint; or in some step; or at some save, while the checkpoint is being copied, written, named, or the ones
-before it removed. Steps and saves are seen in the rings of phases (configs/phases.py), so the ranks that are killed are
-the launcher's own and know nothing of it.
+of a checkpoint; or in some step; or in some save. A save has two marks: at the first the checkpoint is copied and its
+writing begins, at the second it gets its manifest and its name, and those before it are removed. Steps and saves are seen
+in the rings of phases (configs/phases.py), so the ranks that are killed are the launcher's own and know nothing of it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from launcher.watch import Watch
 POLL_SECONDS = 0.002
 KINDS: tuple[Literal["start", "step", "save"], ...] = ("start", "step", "save")
 SHARES = (1, 2, 2)  # of the kinds among the moments
-SAVE_STEPS = 3.0  # a save is copied in one step, named at the end of another, and what it replaces is removed
+SAVE_MARKS = 4  # of the two saves that fall into two intervals
+SAVE_STEPS = 3.0  # so long after a mark at most, in steps
 
 
 @dataclass(frozen=True)
 class Moment:
-    """`seconds` after the start, or after this start's step or save number `number` (from 1) has begun."""
+    """`seconds` after the start, or after this start's step or mark of a save number `number` (from 1) has begun."""
 
     kind: Literal["start", "step", "save"]
     number: int
@@ -47,8 +48,8 @@ class Life:
 def draw(numbers: random.Random, num_ranks: int, every_steps: int, start_seconds: float, step_seconds: float) -> Moment:
     """A random moment in the life of a run that saves every `every_steps`; one rank or all, equally likely. Pure.
 
-    Of a run that begins its first step `start_seconds` after its start. A life lasts two intervals of saves at most, so
-    one save and another fall into it.
+    Of a run that begins its first step `start_seconds` after its start. A life lasts two intervals of saves at most.
+    After a mark of a save the sooner the likelier: small files are written in milliseconds.
     """
     (kind,) = numbers.choices(KINDS, SHARES)
     rank = numbers.choice([None, numbers.randrange(num_ranks)])
@@ -56,7 +57,8 @@ def draw(numbers: random.Random, num_ranks: int, every_steps: int, start_seconds
         return Moment(kind, 0, numbers.uniform(0, start_seconds), rank)
     if kind == "step":
         return Moment(kind, numbers.randint(1, 2 * every_steps), numbers.uniform(0, step_seconds), rank)
-    return Moment(kind, numbers.randint(1, 2), numbers.uniform(0, SAVE_STEPS * step_seconds), rank)
+    seconds = SAVE_STEPS * step_seconds * numbers.random() ** 3
+    return Moment(kind, numbers.randint(1, SAVE_MARKS), seconds, rank)
 
 
 class Killer(Signals):
@@ -66,7 +68,7 @@ class Killer(Signals):
         super().__init__()
         self.run_dir, self.num_ranks, self.num_steps, self.moment = run_dir, num_ranks, num_steps, moment
         self.life = Life()
-        self._saves: set[int] = set()  # steps whose save has begun
+        self._saves: set[tuple[float, int, str]] = set()  # the marks of saves so far
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -95,7 +97,7 @@ class Killer(Signals):
                 return
 
     def _look(self, ring: Ring, began: float) -> None:
-        self._saves |= {step for _, step, phase in ring.marks if phase == "save"}
+        self._saves.update(mark for mark in ring.marks if mark[2] == "save")
         if self.life.first_step is None:
             for when, step, phase in ring.marks:
                 if phase != "start":

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from configs.phases import marker, open_ring, ring_path
-from launcher.kills import SAVE_STEPS, Killer, Moment, draw
+from launcher.kills import SAVE_MARKS, SAVE_STEPS, Killer, Moment, draw
 from launcher.watch import Watch
 
 
@@ -21,7 +21,7 @@ def test_moments_are_those_of_the_seed_and_of_all_kinds():
     assert {moment.kind for moment in moments} == {"start", "step", "save"}
     assert {moment.rank for moment in moments} == {None, 0, 1}
     for moment in moments:
-        number, seconds = {"start": (0, 7.0), "step": (10, 0.1), "save": (2, SAVE_STEPS * 0.1)}[moment.kind]
+        number, seconds = {"start": (0, 7.0), "step": (10, 0.1), "save": (SAVE_MARKS, SAVE_STEPS * 0.1)}[moment.kind]
         assert min(number, 1) <= moment.number <= number and 0 <= moment.seconds <= seconds
 
 
@@ -68,9 +68,9 @@ def test_rank_is_killed_in_the_step_it_was_to_be_killed_in_and_no_other_rank(tmp
     assert (life.killed, life.first_step) == ((1,), 10)
 
 
-def test_all_ranks_are_killed_at_the_second_save(tmp_path, ranks, marks):
+def test_all_ranks_are_killed_where_the_second_save_begins(tmp_path, ranks, marks):
     watch, (first, _) = marks
-    killer = start(tmp_path, ranks, watch, Moment("save", 2, 0.0, rank=None))
+    killer = start(tmp_path, ranks, watch, Moment("save", 3, 0.0, rank=None))
     for phase, step in (("start", 0), ("data", 4), ("save", 5), ("data", 5), ("save", 5), ("data", 9)):
         first(phase, step)
     assert is_alive(ranks[0])
