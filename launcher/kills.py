@@ -2,8 +2,8 @@
 
 A moment is either some seconds after the start, which falls into the imports, the meeting of the ranks or the loading
 of a checkpoint; or in some step; or in some save. A save has two marks: at the first the checkpoint is copied and its
-writing begins, at the second it gets its manifest and its name, and those before it are removed. Steps and saves are seen
-in the rings of phases (configs/phases.py), so the ranks that are killed are the launcher's own and know nothing of it.
+writing begins, at the second it gets its manifest and its name, and those before it are removed. Steps and saves are
+seen in the rings of phases (configs/phases.py), so the ranks that are killed are the launcher's own and know nothing.
 """
 
 from __future__ import annotations
