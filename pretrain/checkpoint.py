@@ -262,10 +262,12 @@ def commit(
 
 def give_name(aside: Path, target: Path) -> None:
     """The last act of a checkpoint's making: all that lies in `aside` was flushed."""
+    old = target.with_name(f".removing-{target.name}")
     if target.exists():  # the same step once more, after a resume from an earlier one: the new one replaces it
-        shutil.rmtree(target)
+        target.rename(old)  # not removed first: at a crash meanwhile there would be neither
     aside.rename(target)
     flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_old(run_dir: Path, newest: int, config: CheckpointConfig, busy: Path | None = None) -> None:

@@ -81,6 +81,8 @@ def tiles(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         speed = statistics.median(line["tokens_per_second"] for line in steps)
         found.append(("tokens a second, median", f"{speed:,.0f}"))
         found.append(("in training steps", duration(sum(line["step_seconds"] for line in steps))))
+    if skipped := sum("skipped" in line for line in steps):
+        found.append(("steps without an update: loss or gradient not finite", f"{skipped:,}"))
     return found
 
 

@@ -60,6 +60,14 @@ def test_page_shows_numbers_configuration_samples_and_environment(run_dir):
         assert shown in page
 
 
+def test_page_says_how_many_steps_had_no_update_and_has_curves_around_them(run_dir):
+    assert "without an update" not in write_report(run_dir).read_text(encoding="utf-8")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        numbers = '"lr": 1e-3, "tokens": 86016, "tokens_per_second": 1234.0, "step_seconds": 3.3'
+        file.write(f'{{"step": 21, "loss": NaN, "grad_norm": NaN, {numbers}, "skipped": 1}}\n')
+    assert "<b>1</b><span>steps without an update" in write_report(run_dir).read_text(encoding="utf-8")
+
+
 def test_text_of_users_and_models_is_escaped(run_dir):
     page = write_report(run_dir).read_text(encoding="utf-8")
     assert "<script>" not in page and "&lt;script&gt;" in page
