@@ -110,7 +110,7 @@ def open_tensorboard(run_dir: Path, step: int) -> Any:
     """A writer of curves that goes on after `step`: what is there of later steps is not shown any more."""
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
 
 
 def drop_after(run_dir: Path, step: int) -> None:

@@ -38,6 +38,22 @@ def test_new_start_drops_all_lines(tmp_path):
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [1]
 
 
+def test_run_that_goes_back_moves_the_lines_after_it_and_goes_on_in_both_places(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_metrics(tmp_path, 0, 10, LogConfig(), True) as metrics:
+        for step in (1, 2, 3, 4):
+            metrics.log(line(step))
+        metrics.go_back(2)
+        metrics.log(line(3, grad_norm=7.0))
+    assert read_metrics(tmp_path) == [line(1), line(2), line(3, grad_norm=7.0)]
+    gone = [json.loads(text) for text in (tmp_path / "rolled_back.jsonl").read_text().splitlines()]
+    assert gone == [line(3), line(4)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+
+
 def test_line_that_a_crash_cut_off_is_left_out_but_a_broken_one_inside_is_an_error(tmp_path):
     write(tmp_path, [1, 2])
     file = tmp_path / "metrics.jsonl"
