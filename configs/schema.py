@@ -261,6 +261,7 @@ class GuardConfig(Section):
     """What is done about numbers that cannot be right; see docs/trust.md."""
 
     non_finite_limit: PositiveInt = 3  # steps in a row that had no update, after which the run stops with 70
+    verify_every_steps: PositiveInt | None = None  # such a step is computed twice, bitwise compared; see verify.py
 
 
 class LaunchConfig(Section):
