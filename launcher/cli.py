@@ -112,7 +112,20 @@ def start(module: str, config: str, overrides: list[str], num_ranks: int | None)
     from launcher import restarts
 
     loaded = load(config, overrides).config
+    refuse_to_start_many(module, config)
     return restarts.run(module, ["--config", config, *overrides], loaded, num_ranks)
+
+
+def refuse_to_start_many(module: str, config: str) -> None:
+    """Raises ConfigError under mpirun or srun with several tasks: each would start a run in the same run_dir."""
+    from configs.errors import ConfigError
+
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if (num_tasks := os.environ.get(name, "1")) != "1":
+            raise ConfigError(
+                f"{name}={num_tasks}: this command starts the ranks of one machine itself, and was started so many "
+                f"times; start the ranks with srun or mpirun instead: python -m {module} --config {config}"
+            )
 
 
 def become_module(module: str, words: list[str]) -> NoReturn:

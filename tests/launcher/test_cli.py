@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -67,6 +68,13 @@ def test_mistake_is_named_without_a_traceback(words, expected):
     assert result.returncode != 0
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_command_that_srun_or_mpirun_has_started_several_times_says_what_to_start_instead(name):
+    result = run("pretrain", NANO, "run_dir=/dev/null/unused", env=os.environ | {name: "4"})
+    assert result.returncode == 2 and f"{name}=4: this command starts the ranks of one machine itself" in result.stderr
+    assert f"python -m pretrain.train --config {NANO}" in result.stderr
 
 
 def test_package_of_another_distribution_is_noticed(tmp_path, monkeypatch):
