@@ -180,7 +180,7 @@ def leaks(config: PretrainConfig, model: Any, validation: Stream, ranks: Runtime
     batch = next(iter(validation.eval_batches(0, config.eval.num_samples, ranks.rank, ranks.world_size)))
     ids = validation.expand(runtime.to_device(batch, ranks.device))["input_ids"].flatten()
     shape, architecture = model.module.shape, config.model.architecture
-    ids = ids[: max(4, min(config.train.seq_len, PROBE_LOGITS // (2 * shape.vocab_size)))]
+    ids = ids[: min(config.train.seq_len, PROBE_LOGITS // (2 * shape.vocab_size))]
     if len(ids) < 4:  # too few for two documents and something behind them
         return []
     model.eval()

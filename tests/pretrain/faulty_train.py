@@ -51,4 +51,6 @@ if int(os.environ["RANK"]) == rank:
     train.build_model = built
     if fault == "weight":
         train.train_step = step_with_flipped_weight
+if fault == "unchecked":
+    train.sanity.check_start = lambda *arguments: None
 runtime.run(train.main)

@@ -223,6 +223,14 @@ def test_model_that_does_not_look_at_its_input_is_found(tmp_path):
         check(config, model, train, validation)
 
 
+def test_rows_too_short_for_two_documents_are_not_looked_at(tmp_path):
+    config = configuration(tmp_path, "gpt", {})
+    shorter = config.train.model_copy(update={"seq_len": 3})
+    shape = config.model.model_copy(update={"max_seq_len": 3})
+    config = config.model_copy(update={"train": shorter, "model": shape})
+    check(config, *opened(config))
+
+
 def test_tokenizer_that_was_put_into_a_finished_dataset_is_refused(tmp_path):
     """Also where the manifest was written again, so that the checksums of the files fit."""
     config = configuration(tmp_path, "gpt", {})

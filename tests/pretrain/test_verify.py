@@ -104,9 +104,10 @@ def faulty(config: Path, run_dir: Path, fault: str, *overrides: str) -> tuple[li
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_run_with_verification_writes_bitwise_the_metrics_of_one_without(config, tmp_path):
+def test_run_without_any_check_writes_bitwise_the_metrics_and_weights_of_one_with_all_of_them(config, tmp_path):
     more = ("model.dropout=0.1", "checkpoint.every_steps=2")
-    run_ranks(2, words(config, tmp_path / "plain", *more), tmp_path / "plain-logs")
+    codes, said = faulty(config, tmp_path / "plain", "unchecked", *more)
+    assert codes == [0, 0], said
     run_ranks(2, words(config, tmp_path / "verified", *more, "guard.verify_every_steps=1"), tmp_path / "logs")
     assert metrics(tmp_path / "plain") == metrics(tmp_path / "verified")
     weights = [(tmp_path / run / "checkpoints/step-00000004/rank-00001.safetensors") for run in ("plain", "verified")]
