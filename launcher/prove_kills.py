@@ -31,7 +31,7 @@ from typing import Any
 
 from configs.load import ConfigError, load, load_pretrain
 from configs.phases import read_ring, ring_path
-from configs.schema import PretrainConfig
+from configs.schema import PretrainConfig, TrainConfig
 from launcher.kills import Killer, Life, Moment, draw
 from launcher.local import Outcome, default_num_ranks, run_local
 from launcher.restarts import may_start_again, newest_checkpoint
@@ -122,7 +122,8 @@ def take_numbers(words: list[str]) -> tuple[dict[str, int], list[str]]:
 def own_words(file: str, overrides: list[str], steps: int) -> list[str]:
     """In what the runs differ from the user's: their length, how often they save, and nothing leaves this machine.
 
-    Eight intervals of saves, unless the command line gives checkpoint.every_steps.
+    Eight intervals of saves, unless the command line gives checkpoint.every_steps. There is no wall-clock budget: with
+    one the learning rate is a function of the clock, and no two runs are equal.
     """
     given = load(file, overrides)
     config = load_pretrain(file, overrides)
@@ -137,6 +138,7 @@ def own_words(file: str, overrides: list[str], steps: int) -> list[str]:
         "checkpoint.local_dir=null",
         "train.resume=auto",
         "log.tensorboard=false",  # seconds of every start
+        *(["train.budget=null"] if "budget" in TrainConfig.model_fields else []),
     ]
 
 
