@@ -110,9 +110,6 @@ def fill(
     state = load(found, config, model, data, say) if found else TrainState()
     reached, batch = state.step, batch_number(step, state.passed_over)
     origin = str(found.path) if found else "drawn anew, as at the start of the run"
-    if config.train.budget is not None and reached < step:
-        say("train.budget: the learning rates of the steps in between followed a clock; they are not made again")
-        is_exact = False
     if reached == step or not is_exact:
         return batch, origin if reached == step else f"{origin}, {step - reached} steps earlier"
     say(f"making {step - reached} steps again, from step {reached}")

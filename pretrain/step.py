@@ -30,12 +30,10 @@ def train_step(
     data: Stream,
     step: int,
     ranks: Runtime,
-    time_share: float = 0.0,
     passed_over: Sequence[tuple[int, int]] = (),
 ) -> dict[str, float]:
     """One optimizer step, from `step` to `step + 1`; returns its line for metrics.jsonl.
 
-    time_share: of the schedule, by a wall-clock budget; see budget.py.
     passed_over: batches that the run does not see, see `TrainState`; the line then has the number of its `batch`.
 
     A loss or gradient that is not finite leaves the model as it was; the line then has `skipped`.
@@ -47,7 +45,7 @@ def train_step(
         sample_ids = data.samples.sample_ids(number, ranks.rank, ranks.world_size)
         write_trace(Path(config.run_dir), ranks.rank, step + 1, sample_ids)
     train = config.train
-    lr = learning_rate(step, train.num_steps, train.optimizer.lr, train.schedule, time_share)
+    lr = learning_rate(step, train.num_steps, train.optimizer.lr, train.schedule)
     engine.set_lr(model, lr)
     model.train()
 

@@ -1,8 +1,8 @@
 """The training loop. `millstream pretrain CONFIG`, or `deepspeed pretrain/train.py --config CONFIG [key=value ...]`.
 
-Read `train_step` first: it is all that happens between two optimizer steps. Everything is a function of the step
-number: the samples (data_pipeline/order.py), the learning rate, the dropout seed. So a run that is interrupted and
-resumed writes, bit for bit, the numbers it would have written anyway.
+What happens in a step is `step.train_step`. Everything is a function of the step number: the samples
+(data_pipeline/order.py), the learning rate, the dropout seed. So a run that is interrupted and resumed writes, bit for
+bit, the numbers it would have written anyway.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,19 @@ import torch
 from configs.deepspeed_json import deepspeed_json
 from configs.load import ConfigError, dump, load_pretrain
 from configs.schema import PretrainConfig
-from data_pipeline.samples import tokens_before
 from data_pipeline.shards import DataError
 from data_pipeline.stream import Stream, open_stream
-from pretrain import checkpoint, engine, local_copies, runtime, sanity, upload
+from pretrain import checkpoint, engine, guard, local_copies, runtime, sanity, spikes, upload
 from pretrain.checkpoint import CheckpointError
+from pretrain.load import facts, load
 from pretrain.metrics import open_metrics
 from pretrain.models import build_model
-from pretrain.objective import count_targets, global_mean, mean_losses
-from pretrain.optim import learning_rate
-from pretrain.optimizer_changes import optimizer_facts, state_reader
+from pretrain.objective import count_targets, mean_losses
 from pretrain.report import write_report
 from pretrain.runtime import Runtime, StopRequest
 from pretrain.saver import open_saver
 from pretrain.state import TrainState
-from pretrain.trace import write_trace
+from pretrain.step import sum_over_ranks, train_step
 
 
 def main() -> int:
@@ -48,6 +45,9 @@ def main() -> int:
     except (ConfigError, DataError, CheckpointError) as error:  # what a user can mend needs no traceback
         print(error, file=sys.stderr)
         return 2
+    except guard.GuardStop as stop:
+        print(stop, file=sys.stderr)
+        return guard.EXIT_CODE
 
 
 def train(config: PretrainConfig, ranks: Runtime) -> int:
@@ -73,10 +73,17 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
             sanity.check_first_loss(model, evaluated)
             state = replace(state, eval_loss=evaluated["eval_loss"])
         while state.step < config.train.num_steps:
-            line = train_step(config, model, data, state.step, ranks)
+            line = train_step(config, model, data, state.step, ranks, state.passed_over)
             metrics.log(line | saver.waits())
             seconds = state.seconds + line["step_seconds"]
-            state = replace(state, step=state.step + 1, updates=state.updates + 1, seconds=seconds)
+            state = replace(guard.after_step(state, line), seconds=seconds)
+            if "skipped" in line:
+                guard.note_skipped(run_dir, line, state, data, ranks)
+                guard.stop_if_hopeless(config, state, model, data, run_dir, ranks)
+            if config.guard.spike_sigmas is not None:
+                state, went_back = spikes.watch(config, model, data, state, line["loss"], saver, metrics, ranks)
+                if went_back:
+                    continue
             is_stopped, *flags = ranks.any(stop.is_asked, *saver.flags)
             saver.hear(*flags)
             last = state.step == config.train.num_steps or is_stopped
@@ -84,7 +91,7 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
                 metrics.log(evaluated := evaluate(config, model, validation, state.step, ranks))
                 state = replace(state, eval_loss=evaluated["eval_loss"])
             if last or state.step % config.checkpoint.every_steps == 0:
-                saver.save(state, engine.fragments(model), facts(config, data, state.step))
+                saver.save(state, engine.fragments(model), facts(config, data, state.batch))
             if last:
                 break
     ranks.mark("end", state.step)
@@ -98,47 +105,6 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
     data.close()
     engine.close(model)
     return exit_code
-
-
-def train_step(config: PretrainConfig, model: Any, data: Stream, step: int, ranks: Runtime) -> dict[str, float]:
-    """One optimizer step, from `step` to `step + 1`; returns its line for metrics.jsonl."""
-    started = time.perf_counter()
-    runtime.seed_all(config.train.seed, step, ranks.rank)  # dropout
-    if config.log.trace:
-        sample_ids = data.samples.sample_ids(step, ranks.rank, ranks.world_size)
-        write_trace(Path(config.run_dir), ranks.rank, step + 1, sample_ids)
-    lr = learning_rate(step, config.train.num_steps, config.train.optimizer.lr, config.train.schedule)
-    engine.set_lr(model, lr)
-    model.train()
-
-    ranks.mark("data", step)
-    made = data.micro_batches(step, ranks.rank, ranks.world_size)
-    batches = [data.expand(runtime.to_device(batch, ranks.device)) for batch in made]
-    ranks.mark("reduce", step)
-    counts = sum_over_ranks(count_targets(batches), ranks)
-    totals: dict[str, Any] = {}
-    for batch in batches:
-        ranks.mark("forward", step)
-        sums = model(**batch, label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss)
-        ranks.mark("backward", step)
-        engine.backward(model, global_mean(sums, counts))
-        ranks.mark("step", step)
-        model.step()  # clips and updates after the last of the micro batches, only counts before
-        totals = {name: totals.get(name, 0.0) + loss.detach() for name, loss in sums.items()}
-    ranks.mark("reduce", step)
-    losses = mean_losses(sum_over_ranks(totals, ranks), counts)
-
-    seconds = time.perf_counter() - started
-    before, after = tokens_before(config.train, step), tokens_before(config.train, step + 1)
-    return {
-        "step": step + 1,
-        **losses,
-        "lr": lr,
-        "grad_norm": engine.grad_norm(model),
-        "tokens": after,
-        "tokens_per_second": (after - before) / seconds,
-        "step_seconds": seconds,
-    }
 
 
 @torch.no_grad()
@@ -172,17 +138,6 @@ def held_out_losses(
             counts[name] = counts.get(name, 0) + count
         ranks.mark("evaluate", step)  # for every batch: a long evaluation is no stall
     return mean_losses(sum_over_ranks(totals, ranks), sum_over_ranks(counts, ranks))
-
-
-def sum_over_ranks(values: dict[str, Any], ranks: Runtime) -> dict[str, float]:
-    """Sum each entry over all ranks, in fp64."""
-    totals = ranks.sum(torch.tensor([float(value) for value in values.values()], dtype=torch.float64))
-    return dict(zip(values, totals.tolist(), strict=True))
-
-
-def facts(config: PretrainConfig, data: Stream, step: int) -> dict[str, Any]:
-    """What may not change within a run, at `step`; every checkpoint says what it was."""
-    return data.facts(step) | optimizer_facts(config.train.optimizer)
 
 
 def prepare_run_dir(config: PretrainConfig, data: Stream, ranks: Runtime) -> Path:
@@ -224,11 +179,9 @@ def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, rank
         found = upload.fetch_newest(address, run_dir, say, ranks)
     if found is None:
         return TrainState()
-    checkpoint.check_facts(found, facts(config, data, found.step))
-    checkpoint.check_parameters(found, engine.shapes(model))
-    engine.load_fragments(model, state_reader(found, config.train.optimizer, say), found.state.updates)
+    state = load(found, config, model, data, say)
     say(f"going on from {found.path}")
-    return found.state
+    return state
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ ENTRY_FILES = {
     "data_pipeline.show",
     "pretrain.train",
     "pretrain.export",
+    "pretrain.replay",
     "finetune.run",
     "launcher.cli",
     "launcher.demo",
