@@ -23,6 +23,12 @@ def test_rounding_is_what_it_did_to_the_reference_so_far_and_never_less_than_tha
     assert [step["grad_norm"] for step in expected] == [2.0**-24 * 16] * 3
 
 
+def test_rounding_of_bf16_is_that_of_the_step_where_it_showed_most():
+    expected = expected_rounding(moved(1e-6, 1e-2, 1e-3), EXACT, "bf16", num_terms=256)
+    assert [step["loss"] for step in expected] == [pytest.approx(FACTOR * 1e-2)] * 3
+    assert [step["grad_norm"] for step in expected] == [2.0**-9 / 16] * 3
+
+
 def test_first_difference_beyond_rounding_is_named_with_step_quantity_and_values():
     allowed = [{"loss": 1e-6, "grad_norm": 1e-6}] * 3
     difference = first_too_large(compare(EXACT, moved(1e-7, 1e-3, 1e-2), allowed))
