@@ -1,27 +1,32 @@
 """`millstream prove resume CONFIG [--ranks N] [steps=8] [key=value ...]`: does this configuration resume exactly?
 
-Three real runs of the first steps, in a temporary directory beside run_dir, which itself is not touched: undisturbed;
-killed in the middle and resumed; the same killed run resumed at another number of ranks. They differ from the user's
-run in when they save and in log.trace only: num_steps stays, it is the length of the learning-rate schedule.
+Real runs of the first steps, in a temporary directory beside run_dir, which itself is not touched. One is undisturbed
+until it is killed at the end. What it has left behind, up to the checkpoint in the middle, is resumed by two others: at
+the same number of ranks, and at another one. What another number of ranks changes by itself is measured by a fourth,
+undisturbed one. They differ from the user's run in when they save, in how little they evaluate and in log.trace:
+num_steps stays, it is the length of the learning-rate schedule.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from configs.load import ConfigError, load_pretrain
 from configs.schema import PretrainConfig
 from launcher.local import Process, Signals, default_num_ranks, run_local, visible_devices
-from launcher.resume_comparison import QUANTITIES, first_differences, read_lines, read_records
+from launcher.loss_comparison import FACTOR, relative_difference, smallest_rounding
+from launcher.resume_comparison import QUANTITIES, Records, first_differences, read_lines, read_records
 from launcher.watch import Watch
 
 POLL_SECONDS = 0.005
 SAME_RANKS = dict.fromkeys(QUANTITIES, 0.0)
-RELATIVE = {"fp32": 1e-4, "bf16": 2e-2}  # at another number of ranks sums have another order
+EXACT_ELSEWHERE = {"lr": 0.0, "tokens": 0.0, "sample_ids": 0.0}
 
 
 class KillAt(Signals):
@@ -71,29 +76,51 @@ def run_and_compare(
     middle = num_steps // 2
     own = [f"checkpoint.every_steps={middle}", "checkpoint.background=false", "log.trace=true", "train.resume=auto"]
     # What the user has at that address and on the nodes' disks is neither read nor changed.
-    own += ["checkpoint.upload=null", "checkpoint.local_dir=null"]
+    own += [
+        "checkpoint.upload=null",
+        "checkpoint.local_dir=null",
+        "checkpoint.keep_last=1000",
+    ]
+    own += ["eval.num_samples=1", f"eval.every_steps={config.train.num_steps}"]
     words = ["--config", file, *overrides, *own]
 
-    undisturbed, resumed, elsewhere = (folder / name for name in ("undisturbed", "resumed", "elsewhere"))
+    undisturbed, resumed, elsewhere, anew = (folder / name for name in ("undisturbed", "resumed", "elsewhere", "anew"))
     run_to(num_steps, words, undisturbed, ranks)
-    run_to(middle + 1, words, resumed, ranks)
-    if newest_step(resumed) >= num_steps:
-        raise ConfigError(f"steps={num_steps}: over before the run could be killed; take more steps")
-    if others is not None:
-        shutil.copytree(resumed, elsewhere)
-        shutil.rmtree(elsewhere / "trace")  # so that the resumed steps alone are in it
-    run_to(num_steps, words, resumed, ranks)
     expected = read_records(undisturbed, ranks)
-    is_same = show(f"resumed on {ranks}", expected, read_records(resumed, ranks), num_steps, SAME_RANKS)
+    for copy in (resumed, elsewhere):
+        copy_as_of(middle, undisturbed, copy)
+    run_to(num_steps, words, resumed, ranks)
+    steps = range(middle + 1, num_steps + 1)
+    is_same = show(f"resumed on {ranks}", expected, read_records(resumed, ranks), steps, SAME_RANKS)
     if others is None:
         print("no other number of ranks divides the global batch into micro batches here: not compared")
         return 0 if is_same else 1
     run_to(num_steps, words, elsewhere, others)
-    found = read_records(elsewhere, others)
-    before = {step: expected[step] for step in range(1, middle + 1)}  # not taken at that number of ranks
-    title, tolerances = f"resumed on {others}", tolerances_elsewhere(config)
-    is_near = show(title, expected, found | before, num_steps, tolerances)
+    tolerances = dict(EXACT_ELSEWHERE)
+    if not (config.model.dropout or config.model.attention_dropout):  # with it every rank draws its own
+        run_to(num_steps, words, anew, others)
+        tolerances |= tolerances_elsewhere(config, expected, read_records(anew, others))
+    is_near = show(f"resumed on {others}", expected, read_records(elsewhere, others), steps, tolerances)
     return 0 if is_same and is_near else 1
+
+
+def copy_as_of(step: int, run_dir: Path, copy: Path) -> None:
+    """Copy what a killed run has left, without checkpoints after `step`, as if it had been killed before the next one.
+
+    Neither its trace nor its metrics after `step` are copied, so that later steps are the copy's own.
+    """
+    kept = f"step-{step:08d}"
+    if not (run_dir / "checkpoints" / kept).is_dir():
+        raise ConfigError(f"prove resume: the run has no checkpoint {kept}, see above")
+
+    def unwanted(folder: str, names: list[str]) -> list[str]:
+        if Path(folder) == run_dir:
+            return [name for name in names if name in ("trace", "ranks", "logs")]
+        return [name for name in names if Path(folder).name == "checkpoints" and name != kept]
+
+    shutil.copytree(run_dir, copy, ignore=unwanted)
+    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line["step"] <= step]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def run_to(step: int, words: list[str], run_dir: Path, num_ranks: int) -> None:
@@ -129,25 +156,33 @@ def other_ranks(config: PretrainConfig, ranks: int) -> int | None:
     return min(fitting, key=lambda n: (abs(n - ranks), n), default=None)
 
 
-def tolerances_elsewhere(config: PretrainConfig) -> dict[str, float]:
-    """By quantity, at another number of ranks; each rank draws its own dropout, with which the losses cannot agree."""
-    exact = {"lr": 0.0, "tokens": 0.0, "sample_ids": 0.0}
-    if config.model.dropout or config.model.attention_dropout:
-        return exact
-    near = RELATIVE["fp32" if config.train.precision == "fp32" else "bf16"]
-    return {"loss": near, "grad_norm": near, **exact}
+def tolerances_elsewhere(config: PretrainConfig, expected: Records, anew: Records) -> dict[str, float]:
+    """Of loss and gradient norm: FACTOR times the largest difference between undisturbed runs on both numbers of ranks.
+
+    On other ranks sums have another order, which changes the numbers by rounding whether there is a resume or not; at
+    least what is left of the rounding of a sum over the batch's tokens, see `loss_comparison.smallest_rounding`.
+    """
+    precision = "fp32" if config.train.precision == "fp32" else "bf16"
+    least = smallest_rounding(precision, config.train.global_batch_size * config.train.seq_len)
+    tolerances = {}
+    for quantity in ("loss", "grad_norm"):
+        pairs = [(record[quantity], anew[step][quantity]) for step, record in expected.items() if step in anew]
+        tolerances[quantity] = max(least, *(FACTOR * relative_difference(*pair) for pair in pairs))
+    return tolerances
 
 
-def show(title: str, expected: dict, found: dict, num_steps: int, tolerances: dict[str, float]) -> bool:
+def show(title: str, expected: Records, found: Records, steps: range, tolerances: Mapping[str, float]) -> bool:
     """Print the verdict of each quantity; True if there is no difference."""
-    differences = first_differences(expected, found, num_steps, tolerances)
-    print(f"\n{title} ranks, {num_steps} steps")
+    differences = first_differences(expected, found, steps[-1], tolerances, steps[0])
+    print(f"\n{title} ranks, steps {steps[0]} to {steps[-1]}")
     for quantity in QUANTITIES:
         if quantity not in tolerances:
             verdict = "not compared: ranks draw their own"
         elif difference := differences[quantity]:
             verdict = f"DIFFERS at {difference}"
+        elif tolerance := tolerances[quantity]:
+            verdict = f"within {tolerance:.1e}, {FACTOR:g} x what these ranks change without a resume"
         else:
-            verdict = f"within {tolerances[quantity]:g}" if tolerances[quantity] else "equal"
+            verdict = "equal"
         print(f"  {quantity:12}{verdict}", flush=True)
     return not any(differences.values())

@@ -28,15 +28,15 @@ class Difference:
 
 
 def first_differences(
-    expected: Records, found: Records, num_steps: int, tolerances: Mapping[str, float]
+    expected: Records, found: Records, num_steps: int, tolerances: Mapping[str, float], first_step: int = 1
 ) -> dict[str, Difference | None]:
-    """The first difference of each quantity in `tolerances` over the steps 1, ..., num_steps; None where there is none.
+    """The first difference of each quantity in `tolerances` over first_step, ..., num_steps; None where there is none.
 
     tolerances: by quantity, relative to the larger value; 0.0 asks for equality, bit for bit, and a list is always
     compared so. A value that is missing in either run is a difference.
     """
     result: dict[str, Difference | None] = dict.fromkeys(tolerances)
-    for step in range(1, num_steps + 1):
+    for step in range(first_step, num_steps + 1):
         for quantity, tolerance in tolerances.items():
             values = [records.get(step, {}).get(quantity) for records in (expected, found)]
             if result[quantity] is None and not agree(values[0], values[1], tolerance):

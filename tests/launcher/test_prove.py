@@ -12,7 +12,7 @@ import pytest
 
 from configs.load import ConfigError
 from configs.schema import PretrainConfig
-from launcher.prove import other_ranks, read_steps, tolerances_elsewhere
+from launcher.prove import copy_as_of, other_ranks, read_steps, tolerances_elsewhere
 from tests.ranks import ROOT
 
 CONFIG = """
@@ -46,9 +46,24 @@ def test_steps_without_a_middle_or_beyond_the_run_are_refused(value):
         read_steps([f"steps={value}"], small())
 
 
-def test_losses_are_not_compared_across_ranks_where_there_is_dropout():
-    config = PretrainConfig(run_dir="runs/x", model={"dropout": 0.1})
-    assert set(tolerances_elsewhere(config)) == {"lr", "tokens", "sample_ids"}
+def test_what_other_ranks_change_without_a_resume_is_allowed_fourfold_and_a_sum_its_rounding():
+    expected = {step: {"loss": 4.0, "grad_norm": 1.0} for step in (1, 2)}
+    anew = {1: {"loss": 4.0, "grad_norm": 1.0}, 2: {"loss": 4.0 * (1 + 1e-5), "grad_norm": 1.0}}
+    config = small(precision="fp32", global_batch_size=32, seq_len=32)
+    assert tolerances_elsewhere(config, expected, anew) == {"loss": pytest.approx(4e-5), "grad_norm": 2.0**-24 * 32}
+
+
+def test_a_copy_as_of_a_step_has_nothing_of_later_ones(tmp_path):
+    run_dir = tmp_path / "run"
+    for step in (4, 8):
+        (run_dir / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    (run_dir / "trace").mkdir()
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(9)))
+    copy_as_of(4, run_dir, tmp_path / "copy")
+    assert [path.name for path in (tmp_path / "copy" / "checkpoints").iterdir()] == ["step-00000004"]
+    assert not (tmp_path / "copy" / "trace").exists()
+    lines = (tmp_path / "copy" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -65,5 +80,5 @@ def test_a_resume_is_proven_and_the_run_dir_not_touched(tmp_path):
     command = [sys.executable, "-m", "launcher.cli", "prove", "resume", str(file), "--ranks", "2"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "resumed on 2 ranks, 8 steps" in done.stdout and "resumed on 1 ranks, 8 steps" in done.stdout
+    assert "resumed on 2 ranks, steps 5 to 8" in done.stdout and "resumed on 1 ranks, steps 5 to 8" in done.stdout
     assert list((tmp_path / "runs").iterdir()) == []
