@@ -42,7 +42,9 @@ def check_start(
     datasets = [*data.samples.datasets.values(), *validation.samples.datasets.values()]
     problems = tokenizer_problems(datasets)
     step = min(step, config.train.num_steps - 1)  # a run that is finished may be started too
+    ranks.mark("data", step)
     made = next(iter(data.samples.micro_batches(step, ranks.rank, ranks.world_size)))
+    ranks.mark("start", step)
     batch = data.expand({name: torch.from_numpy(array) for name, array in made.items()})
     counts = {name: int(n) for name, n in _sum(label_counts(batch, config), ranks).items()}
     problems += label_problems(counts, config)
