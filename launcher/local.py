@@ -23,6 +23,8 @@ from typing import Literal
 from configs import stalls
 from configs.incidents import append_incident
 from configs.load import ConfigError
+from launcher.logs import TRACEBACK_LINES, begin_logs, last_lines, log_file
+from launcher.tee import Output, open_output
 from launcher.watch import Watch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -31,7 +33,6 @@ SAME_REQUEST_SECONDS = 0.5  # as in pretrain/runtime.py: a signal this soon afte
 GRACE_SECONDS = 20.0  # between SIGTERM and SIGKILL for the ranks that are left after one has failed
 STALL_GRACE_SECONDS = 10.0  # the same after a stall
 AT_ONCE_SECONDS = 1.0  # the same after a second signal
-TRACEBACK_LINES = 30
 MISTAKE, GUARD = 2, 70  # exit codes; docs/running.md lists all of them
 Process = subprocess.Popen[bytes]
 
@@ -117,9 +118,9 @@ def run_local(
 ) -> Outcome:
     """Run `python -m module words` once per rank and wait for them; with `devices`, on these GPUs only.
 
-    Rank 0 writes to the terminal, the others to run_dir/logs/rank-N.log. When a rank fails, the others are ended and
-    the end of its output is shown; when one makes no mark for `stall_seconds`, who is behind is shown and all are
-    ended. Raises ConfigError where `run_dir` cannot be written.
+    Every rank writes to run_dir/logs/rank-N.log, after what an earlier start wrote there, rank 0 to the terminal too.
+    When a rank fails, the others are ended and the end of its output is shown; when one makes no mark for
+    `stall_seconds`, who is behind is shown and all are ended. Raises ConfigError where `run_dir` cannot be written.
     """
     environment = rank_environment(num_ranks)
     if devices is not None:
@@ -132,17 +133,24 @@ def run_local(
             f"run_dir={run_dir}: cannot be written ({error}); choose a directory you can write to"
         ) from None
     watch = Watch(run_dir, num_ranks, stall_seconds)
+    begin_logs(logs, num_ranks)
+    output = open_output(log_file(logs, 0))
     ranks: list[Process] = []
     for rank in range(num_ranks):
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, "-m", module, *words]
         if rank == 0:
-            ranks.append(subprocess.Popen(command, env=own, process_group=0))
+            ranks.append(
+                subprocess.Popen(command, env=own, stdout=output.stdout, stderr=output.stderr, process_group=0)
+            )
+            output.is_taken()
         else:
-            with log_file(logs, rank).open("wb") as log:
+            with log_file(logs, rank).open("ab") as log:
                 ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, process_group=0))
     signals.go_to(ranks, watch)
-    return wait(ranks, watch, signals, logs)
+    outcome = wait(ranks, watch, signals, logs, output)
+    output.drain()
+    return outcome
 
 
 def rank_environment(num_ranks: int) -> dict[str, str]:
@@ -156,6 +164,7 @@ def rank_environment(num_ranks: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "MILLSTREAM_WATCHED": "1",
+        "PYTHONUNBUFFERED": "1",  # what a rank has printed is in its log, however it ends
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     if not count_gpus():
@@ -164,7 +173,7 @@ def rank_environment(num_ranks: int) -> dict[str, str]:
     return environment
 
 
-def wait(ranks: list[Process], watch: Watch, signals: Signals, logs: Path) -> Outcome:
+def wait(ranks: list[Process], watch: Watch, signals: Signals, logs: Path, output: Output) -> Outcome:
     """Until all ranks have ended, by themselves or, after a failure, a stall or a second signal, by us.
 
     Ranks that were asked to stop leave together; one that is still there GRACE_SECONDS after another waits in vain.
@@ -180,6 +189,7 @@ def wait(ranks: list[Process], watch: Watch, signals: Signals, logs: Path) -> Ou
             end(ranks, GRACE_SECONDS)
             if stopped is not None:  # it failed because that one had left
                 return Outcome("stopped", stopped)
+            output.drain()  # rank 0's traceback comes first
             return failure(failed, ranks[failed].returncode, watch, logs)
         if stopped is not None:
             left_since = left_since or time.monotonic()
@@ -238,8 +248,8 @@ def failure(rank: int, code: int, watch: Watch, logs: Path) -> Outcome:
     if code == -signal.SIGKILL:
         print("it was not this launcher: often it is the kernel, for want of memory (see dmesg)", file=sys.stderr)
     if rank:  # rank 0 wrote to the terminal already
-        lines = log_file(logs, rank).read_text(errors="replace").splitlines()
-        print(f"the end of {log_file(logs, rank)}:", *lines[-TRACEBACK_LINES:], sep="\n  ", file=sys.stderr)
+        lines = last_lines(log_file(logs, rank), TRACEBACK_LINES)
+        print(f"the end of {log_file(logs, rank)}:", *lines, sep="\n  ", file=sys.stderr)
     code = code if code > 0 else 128 - code
     if code == stalls.EXIT_CODE:  # the rank has noted it
         return Outcome("stalled", code, rank, ring.step if ring else 0)
@@ -273,7 +283,3 @@ def send(ranks: list[Process], number: int) -> None:
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(number)
-
-
-def log_file(logs: Path, rank: int) -> Path:
-    return logs / f"rank-{rank}.log"
