@@ -195,10 +195,17 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """The learning rate as a function of the step: linear warmup, then `type` down to `final_share` of the peak."""
 
-    type: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    type: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     final_share: Fraction = 0.1
-    decay_steps: PositiveInt | None = None  # wsd: length of the final decay; none: a tenth of train.num_steps
+    # Length of the final decay of wsd (none: a tenth of train.num_steps) and of inverse_sqrt (none: there is none)
+    decay_steps: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _inverse_sqrt_has_a_scale(self) -> ScheduleConfig:
+        if self.type == "inverse_sqrt" and not self.warmup_steps:
+            raise ValueError("type=inverse_sqrt falls as sqrt(warmup_steps / step); set warmup_steps (T5: 10000)")
+        return self
 
 
 class PhaseConfig(Section):

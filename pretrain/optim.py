@@ -110,15 +110,21 @@ def learning_rate(step: int, num_steps: int, peak: float, schedule: ScheduleConf
 
     It rises linearly to the peak over warmup_steps, then follows the schedule from the peak to final_share of it, which
     the last step reaches: cosine (Loshchilov and Hutter 2017), linear, wsd (stable, then linear over the last
-    decay_steps; Hu et al. 2024), constant.
+    decay_steps; Hu et al. 2024), constant. inverse_sqrt is peak x sqrt(warmup_steps / (step + 1)) (Vaswani et al. 2017,
+    section 5.3), at least final_share of the peak; with decay_steps it too falls to that over the last of them, the
+    linear factor of Zhai et al. 2022.
     """
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    start = schedule.warmup_steps
+    warmup, decay = schedule.warmup_steps, schedule.decay_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    stable, start = 1.0, warmup
     if schedule.type == "wsd":
-        start = max(start, num_steps - (schedule.decay_steps or max(1, num_steps // 10)))
+        start = max(start, num_steps - (decay or max(1, num_steps // 10)))
+    elif schedule.type == "inverse_sqrt":
+        stable = max(schedule.final_share, math.sqrt(warmup / (step + 1)))
+        start = max(start, num_steps - decay) if decay else num_steps
     if schedule.type == "constant" or step < start:
-        return peak
+        return peak * stable
     progress = (step - start) / max(1, num_steps - 1 - start)
     remaining = 1 - progress if schedule.type != "cosine" else (1 + math.cos(math.pi * progress)) / 2
-    return peak * (schedule.final_share + (1 - schedule.final_share) * remaining)
+    return peak * (schedule.final_share + (stable - schedule.final_share) * remaining)

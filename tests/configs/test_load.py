@@ -104,6 +104,7 @@ def test_duplicate_key_is_refused_with_both_lines(file):
         (["model.architecture=bert", "data.packing=best_fit"], "data.packing=best_fit is for model.architecture=gpt"),
         (["data.shuffle_window_tokens=1000"], "is less than one sample of 1024 tokens"),
         (["train.num_steps"], "expected key=value"),
+        (["train.schedule.type=inverse_sqrt"], "set warmup_steps"),
         (["train=5"], "train=5"),
     ],
 )

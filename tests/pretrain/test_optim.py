@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, get_scheduler
 
 from configs.load import ConfigError
 from configs.schema import ModelConfig, OptimizerConfig, ScheduleConfig
@@ -18,9 +18,9 @@ def rates(num_steps: int, **settings) -> list[float]:
     return [learning_rate(step, num_steps, 2.0, ScheduleConfig(**settings)) for step in range(num_steps)]
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant", "inverse_sqrt"])
 def test_warmup_is_linear_starts_above_zero_and_reaches_the_peak(kind):
-    assert rates(100, type=kind, warmup_steps=4)[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates(100, type=kind, warmup_steps=4)[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
 
 
 def test_cosine_is_half_way_down_in_the_middle_and_ends_at_its_floor():
@@ -39,7 +39,59 @@ def test_linear_falls_in_equal_parts():
 def test_wsd_is_flat_until_the_last_decay_steps():
     curve = rates(100, type="wsd", decay_steps=20, final_share=0.0)
     assert set(curve[:81]) == {2.0}
-    assert curve[81] < 2.0 and curve[-1] == 0.0
+    assert curve[80:] == pytest.approx([2.0 * (1 - step / 19) for step in range(20)])
+    assert set(rates(100, type="wsd", warmup_steps=5)[5:91]) == {2.0}  # without decay_steps a tenth
+
+
+def test_constant_stays_at_its_peak():
+    assert set(rates(50, type="constant", final_share=0.0, warmup_steps=1)) == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("ours", "name", "theirs"),
+    [
+        ({"type": "cosine", "final_share": 0.1}, "cosine_with_min_lr", {"num_training_steps": 100, "min_lr_rate": 0.1}),
+        ({"type": "linear", "final_share": 0.0}, "linear", {"num_training_steps": 100}),
+        (
+            {"type": "wsd", "final_share": 0.0, "decay_steps": 21},
+            "warmup_stable_decay",
+            {"num_stable_steps": 76, "num_decay_steps": 20, "decay_type": "linear"},
+        ),
+        ({"type": "inverse_sqrt", "final_share": 0.0}, "inverse_sqrt", {}),
+        ({"type": "constant"}, "constant_with_warmup", {}),
+    ],
+)
+def test_schedules_are_those_of_transformers(ours, name, theirs):
+    """They begin with an update at rate 0 and end one update before the floor; ours have neither: 101 steps for 100."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    steps = theirs.pop("num_training_steps", None)
+    schedule = get_scheduler(name, optimizer, 4, steps, scheduler_specific_kwargs=theirs).lr_lambdas[0]
+    config = ScheduleConfig(warmup_steps=4, **ours)
+    for step in range(101):
+        same = step + 1 if step < 4 or name == "inverse_sqrt" else step
+        assert learning_rate(step, 101, 1.0, config) == pytest.approx(schedule(same), rel=1e-12, abs=1e-12), step
+
+
+def test_inverse_sqrt_is_the_rate_of_the_transformer():
+    """Vaswani et al. 2017, equation 3: d^-0.5 min(n^-0.5, n w^-1.5) at the n-th update, with w warmup steps."""
+    width, warmup = 512, 40
+    formula = [width**-0.5 * min(n**-0.5, n * warmup**-1.5) for n in range(1, 1001)]
+    schedule = ScheduleConfig(type="inverse_sqrt", warmup_steps=warmup, final_share=0.0)
+    peak = (width * warmup) ** -0.5
+    assert [learning_rate(step, 1000, peak, schedule) for step in range(1000)] == pytest.approx(formula)
+
+
+def test_inverse_sqrt_stays_above_its_floor_and_with_decay_steps_ends_at_it():
+    curve = rates(1000, type="inverse_sqrt", warmup_steps=4, final_share=0.1)
+    assert curve[99] == pytest.approx(2.0 * 0.2) and set(curve[400:]) == {0.2}
+    cooled = rates(100, type="inverse_sqrt", warmup_steps=4, final_share=0.1, decay_steps=11)
+    assert cooled[:90] == curve[:90] and cooled[-1] == pytest.approx(0.2)
+    assert cooled[94] == pytest.approx(2.0 * (0.1 + ((4 / 95) ** 0.5 - 0.1) / 2))
+
+
+def test_inverse_sqrt_without_a_scale_is_refused():
+    with pytest.raises(ValueError, match="set warmup_steps"):
+        ScheduleConfig(type="inverse_sqrt")
 
 
 @pytest.mark.parametrize("architecture", ["gpt", "bert"])
