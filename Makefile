@@ -1,6 +1,6 @@
 # make demo   the main job: docstrings (or TEXT='a.txt b.jsonl.zst') -> pretrained BERT and GPT -> fine-tuned classifier
 # make test   linters, types and the whole test suite, with real 2-process ZeRO-3 runs
-# make quick  the part of the tests that takes four minutes
+# make quick  the part of the tests that takes two minutes
 # make venv   only the environment
 
 SHELL := /bin/bash
@@ -16,11 +16,12 @@ BIN := .venv/bin
 demo: venv
 	$(BIN)/python -m launcher.demo $(TEXT)
 
+# Two files at a time: many tests wait for a stall, a server or a start; more at once would disturb what they time.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 quick: venv
-	$(BIN)/python -m pytest -m "not slow and not distributed"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not distributed"
 
 lint: venv
 	$(BIN)/ruff check .

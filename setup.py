@@ -44,7 +44,17 @@ setup(
     extras_require={
         "s3": ["s3fs"],
         "datatrove": ["datatrove"],
-        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "hypothesis", "scikit-learn", "warcio", *S3_SERVER],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "hypothesis",
+            "scikit-learn",
+            "warcio",
+            *S3_SERVER,
+        ],
         "bench": ["accelerate"],
     },
 )
