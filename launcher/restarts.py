@@ -8,12 +8,14 @@ stop (128 + the signal) is not started again.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.deepspeed_json import deepspeed_json
 from configs.incidents import append_incident
+from configs.launches import Launch, write_launch
 from configs.load import ConfigError
 from configs.schema import FinetuneConfig, PretrainConfig
 from launcher.local import GUARD, MISTAKE, Outcome, Signals, default_num_ranks, run_local, visible_devices
@@ -38,6 +40,7 @@ def run(module: str, words: list[str], config: Config, num_ranks: int | None) ->
     signals = Signals()
     attempt = Attempt(num_ranks or default_num_ranks(), None)
     while True:
+        note_launch(run_dir, attempt.num_ranks)
         outcome = run_local(module, words, attempt.num_ranks, run_dir, signals, launch.stall_seconds, attempt.devices)
         if signals.number is not None or not may_start_again(outcome) or not launch.restarts:
             return outcome.code
@@ -55,6 +58,17 @@ def run(module: str, words: list[str], config: Config, num_ranks: int | None) ->
         append_incident(run_dir, "restart", text, step=step, rank=outcome.rank, **numbers)
         if signals.come_within(seconds):
             return 128 + (signals.number or 0)
+
+
+def note_launch(run_dir: Path, num_ranks: int) -> None:
+    """Write run_dir/launch.json for this process. Raises ConfigError where `run_dir` cannot be written."""
+    try:
+        command = ["millstream", *sys.argv[1:]]
+        write_launch(run_dir, Launch("local", command, pid=os.getpid(), num_ranks=num_ranks))
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir}: cannot be written ({error}); choose a directory you can write to"
+        ) from None
 
 
 def may_start_again(outcome: Outcome) -> bool:

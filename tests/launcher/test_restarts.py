@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs.incidents import read_incidents
+from configs.launches import read_launch
 from configs.load import load_pretrain
 from launcher.local import Outcome
 from launcher.restarts import Attempt, after, may_start_again, newest_checkpoint, size_that_fits
@@ -132,6 +133,8 @@ def test_rank_that_is_killed_again_and_again_costs_the_run_a_rank(config, tmp_pa
     assert "restart 2 of 2 in 0.4 s, on 1 ranks instead of 2, from step 0" in error
     assert newest_checkpoint(tmp_path) == 60
     assert read_incidents(tmp_path)[-1]["num_ranks"] == 1
+    launch = read_launch(tmp_path)
+    assert launch and (launch.kind, launch.pid, launch.num_ranks) == ("local", process.pid, 1)
 
 
 @pytest.mark.distributed
