@@ -6,8 +6,10 @@ because the same value in two places is how two configurations drift apart (tran
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from configs.batch_sizes import all_sizes
 from configs.load import ConfigError
 from configs.schema import FinetuneConfig, PretrainConfig, ZeroConfig
 
@@ -20,9 +22,11 @@ def deepspeed_json(config: PretrainConfig | FinetuneConfig, world_size: int) -> 
     """
     if isinstance(config, PretrainConfig):
         batch = config.train.global_batch_size
+        sizes = all_sizes(config.train)
         micro, precision, optimizer = config.train.micro_batch_size, config.train.precision, config.train.optimizer
     else:
         batch = config.tuning.batch_size
+        sizes = [batch]
         micro, precision, optimizer = config.tuning.micro_batch_size, config.tuning.precision, config.tuning.optimizer
     if config.zero.stage == 0 and precision == "bf16":
         section = "train" if isinstance(config, PretrainConfig) else "tuning"
@@ -30,6 +34,7 @@ def deepspeed_json(config: PretrainConfig | FinetuneConfig, world_size: int) -> 
             f"zero.stage=0 with {section}.precision=bf16: DeepSpeed would sum gradients in bf16 there. Set "
             f"zero.stage=1, where every rank holds the whole weights and gradients too, or {section}.precision=fp32"
         )
+    check_sizes(sizes, micro, world_size)
     generated = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation_steps(batch, micro, world_size),
@@ -57,6 +62,17 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
             f"on {world_size} ranks: {batch_size} / ({micro_batch_size} x {world_size}) is not a whole number; {cure}"
         )
     return batch_size // (micro_batch_size * world_size)
+
+
+def check_sizes(sizes: Sequence[int], micro_batch_size: int, world_size: int) -> None:
+    """Raises ConfigError unless every size of a ramp, ascending, divides into micro batches on all ranks."""
+    accumulation_steps(sizes[-1], micro_batch_size, world_size)
+    if unfit := [str(size) for size in sizes if size % (micro_batch_size * world_size)]:
+        raise ConfigError(
+            f"train.batch_ramp: global batches of {', '.join(unfit)} samples do not divide into micro batches of "
+            f"{micro_batch_size} on {world_size} ranks; choose start_size and increment that are multiples of "
+            f"{micro_batch_size * world_size}, or a smaller micro batch"
+        )
 
 
 def _zero_section(zero: ZeroConfig) -> dict[str, Any]:

@@ -215,11 +215,20 @@ class PhaseConfig(Section):
     seq_len: PositiveInt  # in tokens
 
 
+class BatchRampConfig(Section):
+    """The global batch size grows from start_size to train.global_batch_size; see batch_sizes.py."""
+
+    start_size: PositiveInt  # in samples
+    increment: PositiveInt  # in samples; each size is used for equally many samples
+    num_samples: PositiveInt  # that have been seen when the full size is reached
+
+
 class TrainConfig(Section):
     num_steps: PositiveInt = 1000  # optimizer steps
     seq_len: PositiveInt = 1024  # in tokens
     phases: list[PhaseConfig] = []  # later changes of seq_len, in order of their steps
     global_batch_size: PositiveInt = 64  # in samples, over all ranks and accumulation steps
+    batch_ramp: BatchRampConfig | None = None  # smaller global batches at first
     micro_batch_size: PositiveInt = 8  # in samples, on one rank at once
     precision: Literal["bf16", "fp32"] = "bf16"
     label_smoothing: Rate = 0.0  # of the tokens' targets: this share of each goes to the whole vocabulary
@@ -311,6 +320,8 @@ class PretrainConfig(Section):
                 f"train.global_batch_size={train.global_batch_size} is not a multiple of "
                 f"train.micro_batch_size={train.micro_batch_size}; choose a micro batch that divides it"
             )
+        if problem := _ramp_problem(train):
+            raise ValueError(problem)
         if train.schedule.warmup_steps > train.num_steps:
             raise ValueError(
                 f"train.schedule.warmup_steps={train.schedule.warmup_steps} is more than "
@@ -341,6 +352,24 @@ class PretrainConfig(Section):
         if self.data.masking.mask_share + self.data.masking.random_share > 1:
             raise ValueError("data.masking.mask_share + data.masking.random_share is more than 1")
         return self
+
+
+def _ramp_problem(train: TrainConfig) -> str | None:
+    ramp, full_size = train.batch_ramp, train.global_batch_size
+    if ramp is None:
+        return None
+    if ramp.start_size >= full_size or (full_size - ramp.start_size) % ramp.increment:
+        return (
+            f"train.batch_ramp: from start_size={ramp.start_size} in increments of {ramp.increment} there is no way to "
+            f"train.global_batch_size={full_size}; choose an increment that divides the difference"
+        )
+    sizes = range(ramp.start_size, full_size, ramp.increment)
+    if unfit := [str(size) for size in sizes if size % train.micro_batch_size]:
+        return (
+            f"train.batch_ramp: the sizes {', '.join(unfit)} are not multiples of train.micro_batch_size="
+            f"{train.micro_batch_size}; choose start_size and increment that are, or a smaller micro batch"
+        )
+    return None
 
 
 def _phase_problem(train: TrainConfig, model: ModelConfig) -> str | None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,12 +95,14 @@ def counts(mixture: Mixture, place: int) -> np.ndarray:
 
 
 def stages_of_schedule(
-    weights: Sequence[float], changes: Sequence[tuple[int, int, Sequence[float]]], samples_per_step: int
+    weights: Sequence[float],
+    changes: Sequence[tuple[int, int, Sequence[float]]],
+    places_before: Callable[[int], int],
 ) -> list[tuple[int, list[float]]]:
     """Stages for `make_mixture`: `weights` at first, then changes (from_step, ramp_steps, weights) in ascending order.
 
     From from_step on the weights go to the new ones within ramp_steps, linearly, in at most RAMP_STAGES stages that
-    begin with a step and have the weights of their middle.
+    begin with a step and have the weights of their middle. `places_before` says with which place a step begins.
     """
     current = np.array(weights, dtype=np.float64) / sum(weights)
     stages = [(0, current.tolist())]
@@ -109,8 +111,8 @@ def stages_of_schedule(
         edges = np.unique(np.linspace(0, ramp_steps, min(ramp_steps, RAMP_STAGES) + 1).astype(np.int64)).tolist()
         for start, stop in itertools.pairwise(edges):
             done = (start + stop) / 2 / ramp_steps
-            stages.append(((from_step + start) * samples_per_step, ((1 - done) * current + done * new).tolist()))
-        stages.append(((from_step + ramp_steps) * samples_per_step, new.tolist()))
+            stages.append((places_before(from_step + start), ((1 - done) * current + done * new).tolist()))
+        stages.append((places_before(from_step + ramp_steps), new.tolist()))
         current = new
     return stages
 

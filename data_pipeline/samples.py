@@ -3,7 +3,8 @@
 There is no iterator and no state: the samples of step n are a function of (seed, datasets, settings, n), so the global
 batch is the same on any number of ranks and workers, and a resume is a call with a larger n. From the step to a row:
 
-    place       step x global_batch_size + i, the same for all ranks; rank r makes its share of a step's places
+    place       the samples of the steps before + i (`configs/batch_sizes.py`), the same for all ranks; rank r makes
+                its share of a step's places
     source      of a mixture, and the place in that source's own order (`mixture`)
     sample      of that source: a row's number, by a permutation of its own in every epoch (`order`)
     row         the arrays (`rows`)
@@ -18,10 +19,12 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
+from configs.batch_sizes import batch_size, samples_before
 from configs.load import ConfigError
 from configs.schema import PretrainConfig, TrainConfig
 from data_pipeline import bert_rows, mixture, order
@@ -120,17 +123,15 @@ class Samples:
         Each has the arrays of `pack.gpt_rows` or `bert_rows.make_rows`, or where there is a `document_end_id` only
         "tokens", (micro_batch_size, seq_len + 1) in the dataset's dtype, for `expand`.
         """
-        train = self.config.train
-        share, size = train.global_batch_size // world_size, train.micro_batch_size
-        phase = self.phase_at(step)
-        first = (step - phase.first_step) * train.global_batch_size + rank * share
+        size, phase = self.config.train.micro_batch_size, self.phase_at(step)
+        first, share = self._places(phase, step, rank, world_size)
         if self.remote:
-            self._fetch_ahead(phase, first, share)
+            self._fetch_ahead(phase, step, rank, world_size)
         at_once = size * max(1, TOKENS_AT_ONCE // (size * phase.seq_len))
         for start in range(first, first + share, at_once):
             count = min(at_once, first + share - start)
             sources, numbers = self._chosen(phase, start, count)
-            place = phase.first_step * train.global_batch_size + start
+            place = self.places_before(phase.first_step) + start
             arrays = self._make_rows(phase, sources, numbers, "train", range(place, place + count))
             if count == size:
                 yield self._unpadded(arrays)
@@ -143,9 +144,8 @@ class Samples:
 
         Sources count in the order of their names; samples are numbered within the split of a source.
         """
-        share = self.config.train.global_batch_size // world_size
         phase = self.phase_at(step)
-        first = (step - phase.first_step) * self.config.train.global_batch_size + rank * share
+        first, share = self._places(phase, step, rank, world_size)
         sources, numbers = self._chosen(phase, first, share)
         of_sample = [0] * share if sources is None else sources.tolist()
         return [list(pair) for pair in zip(of_sample, numbers.tolist(), strict=True)]
@@ -171,6 +171,10 @@ class Samples:
                 arrays["tokens"][len(mine) :] = self.document_end_id
             yield self._unpadded(arrays)
 
+    def places_before(self, step: int) -> int:
+        """The first place of the step's global batch; it has those up to `places_before(step + 1)`."""
+        return samples_before(self.config.train, step)
+
     def phase_at(self, step: int) -> Phase:
         return self.phases[bisect_right([phase.first_step for phase in self.phases], step) - 1]
 
@@ -195,12 +199,19 @@ class Samples:
             facts["masking"] = data.masking.model_dump(mode="json")
         else:
             facts["packing"] = data.packing
+        if train.batch_ramp is not None:
+            facts["batch_ramp"] = train.batch_ramp.model_dump(mode="json")
         if data.fim.probability:
             facts["fim"] = data.fim.model_dump(mode="json")
         return facts
 
+    def _places(self, phase: Phase, step: int, rank: int, world_size: int) -> tuple[int, int]:
+        """The rank's share of the step's global batch: its first place, counted from the phase's, and their number."""
+        share = batch_size(self.config.train, step) // world_size
+        return self.places_before(step) - self.places_before(phase.first_step) + rank * share, share
+
     def _counts(self, step: int) -> np.ndarray:
-        place = step * self.config.train.global_batch_size
+        place = self.places_before(step)
         return np.array([place]) if self.mixture is None else mixture.counts(self.mixture, place)
 
     def _common_document_end_id(self) -> int | None:
@@ -250,7 +261,7 @@ class Samples:
         first = block * BLOCK
         if self.mixture is None:
             return None, self._order(phase, 0, first, BLOCK)
-        offset = phase.first_step * self.config.train.global_batch_size
+        offset = self.places_before(phase.first_step)
         sources, within = mixture.places(self.mixture, offset + first, BLOCK)
         numbers = np.empty(BLOCK, dtype=np.int64)
         for source in np.unique(sources).tolist():
@@ -296,10 +307,10 @@ class Samples:
         is_bert = self.config.model.architecture == "bert"
         return bert_rows.unpad(arrays) if is_bert and self.config.data.unpad else arrays
 
-    def _fetch_ahead(self, phase: Phase, first: int, share: int) -> None:
+    def _fetch_ahead(self, phase: Phase, step: int, rank: int, world_size: int) -> None:
         """Ask for the shards of a rank's next steps, in the order of their use, of datasets that are at an address."""
-        batch = self.config.train.global_batch_size
-        parts = [self._chosen(phase, first + step * batch, share) for step in range(STEPS_AHEAD)]
+        steps = range(step, step + STEPS_AHEAD)
+        parts = [self._chosen(phase, *self._places(phase, number, rank, world_size)) for number in steps]
         numbers = np.concatenate([part[1] for part in parts])
         for source, dataset in enumerate(self.sources):
             if source in self.remote:
@@ -322,12 +333,12 @@ def mixture_stages(config: PretrainConfig, num_rows: Sequence[int]) -> list[tupl
         (stage.from_step, stage.ramp_steps, [stage.weights[name] for name in sorted(stage.weights)])
         for stage in config.data.mixture_schedule
     ]
-    return mixture.stages_of_schedule(weights or [1.0], changes, config.train.global_batch_size)
+    return mixture.stages_of_schedule(weights or [1.0], changes, lambda step: samples_before(config.train, step))
 
 
 def tokens_before(train: TrainConfig, step: int) -> int:
     """Tokens of all steps before `step`: places in rows, over all ranks."""
     starts = [0, *(phase.from_step for phase in train.phases)]
     lengths = [train.seq_len, *(phase.seq_len for phase in train.phases)]
-    steps = [max(0, min(end, step) - start) for start, end in zip(starts, [*starts[1:], step], strict=True)]
-    return train.global_batch_size * sum(num * seq_len for num, seq_len in zip(steps, lengths, strict=True))
+    edges = [samples_before(train, min(start, step)) for start in [*starts, step]]
+    return sum(seq_len * (end - start) for seq_len, (start, end) in zip(lengths, pairwise(edges), strict=True))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from configs.batch_sizes import samples_before
 from configs.load import ConfigError, load_pretrain
 from configs.schema import PretrainConfig
 from data_pipeline import mixture
@@ -269,7 +270,7 @@ def show_documents(label: str, dataset: Dataset, numbers: Iterable[int], console
 def show_run(config: PretrainConfig, console: Console) -> None:
     """How often a run of the configuration sees each source, and what part it is of what is seen."""
     samples, train = open_samples(config, "train"), config.train
-    place = train.num_steps * train.global_batch_size
+    place = samples_before(train, train.num_steps)
     names = sorted(config.data.mixture) or [config.data.dir]
     sizes = np.array([[rows.num_rows for rows in phase.rows] for phase in samples.phases])  # (phases, sources)
     drawn = draws(samples, train.num_steps)  # (phases, sources)
@@ -296,11 +297,11 @@ def show_run(config: PretrainConfig, console: Console) -> None:
 
 def draws(samples: Samples, num_steps: int) -> np.ndarray:
     """Samples that a run of num_steps draws in each phase from each source, (phases, sources) int64."""
-    size = samples.config.train.global_batch_size
     steps = [min(phase.first_step, num_steps) for phase in samples.phases] + [num_steps]
 
     def before(step: int) -> np.ndarray:
-        return np.array([step * size]) if samples.mixture is None else mixture.counts(samples.mixture, step * size)
+        place = samples.places_before(step)
+        return np.array([place]) if samples.mixture is None else mixture.counts(samples.mixture, place)
 
     return np.diff([before(step) for step in steps], axis=0)
 
@@ -308,7 +309,7 @@ def draws(samples: Samples, num_steps: int) -> np.ndarray:
 def weights_at_ends(config: PretrainConfig, num_rows: list[int]) -> list[np.ndarray]:
     """The sources' shares in the first and in the last step, (sources,) each."""
     stages = mixture_stages(config, num_rows)
-    last_place = config.train.num_steps * config.train.global_batch_size - 1
+    last_place = samples_before(config.train, config.train.num_steps) - 1
     last = [weights for first, weights in stages if first <= last_place][-1]
     return [np.array(weights) / sum(weights) for weights in (stages[0][1], last)]
 

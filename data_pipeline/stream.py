@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from configs.batch_sizes import batch_size
 from configs.deepspeed_json import accumulation_steps
 from configs.schema import PretrainConfig
 from data_pipeline.expand import expand_tokens
@@ -41,7 +42,7 @@ class Stream:
         Together the ranks' micro batches hold the step's global batch. Raises ConfigError where it does not divide.
         """
         train = self.config.train
-        accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size)
+        accumulation_steps(batch_size(train, step), train.micro_batch_size, world_size)
         return [_tensors(arrays) for arrays in self._ahead.get((step, rank, world_size))]
 
     def eval_batches(self, step: int, num_samples: int, rank: int, world_size: int) -> Iterator[Batch]:

@@ -10,6 +10,7 @@ num_steps stays, it is the length of the learning-rate schedule.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import tempfile
@@ -17,6 +18,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from configs.batch_sizes import all_sizes, batch_size
 from configs.load import ConfigError, load_pretrain
 from configs.schema import PretrainConfig
 from launcher.local import Process, Signals, default_num_ranks, run_local, visible_devices
@@ -149,8 +151,8 @@ def read_steps(words: list[str], config: PretrainConfig) -> int:
 
 
 def other_ranks(config: PretrainConfig, ranks: int) -> int | None:
-    """The nearest other number of ranks that divides the global batch into micro batches; None where there is none."""
-    num_batches = config.train.global_batch_size // config.train.micro_batch_size
+    """The nearest other number of ranks that divides each global batch into micro batches; None where there is none."""
+    num_batches = math.gcd(*all_sizes(config.train)) // config.train.micro_batch_size
     most = len(visible_devices()) or ranks + 1
     fitting = [n for n in range(1, most + 1) if num_batches % n == 0 and n != ranks]
     return min(fitting, key=lambda n: (abs(n - ranks), n), default=None)
@@ -163,7 +165,7 @@ def tolerances_elsewhere(config: PretrainConfig, expected: Records, anew: Record
     least what is left of the rounding of a sum over the batch's tokens, see `loss_comparison.smallest_rounding`.
     """
     precision = "fp32" if config.train.precision == "fp32" else "bf16"
-    least = smallest_rounding(precision, config.train.global_batch_size * config.train.seq_len)
+    least = smallest_rounding(precision, batch_size(config.train, 0) * config.train.seq_len)
     tolerances = {}
     for quantity in ("loss", "grad_norm"):
         pairs = [(record[quantity], anew[step][quantity]) for step, record in expected.items() if step in anew]

@@ -234,7 +234,9 @@ def model_card(config: PretrainConfig, found: Checkpoint, run_dir: Path, model: 
         else "",
         tokens=tokens_before(train, found.step),
         seq_len=train.longest_seq_len,
-        batch=train.global_batch_size,
+        batch=train.global_batch_size
+        if train.batch_ramp is None
+        else f"{train.batch_ramp.start_size} to {train.global_batch_size}",
         lr=train.optimizer.lr,
         schedule=train.schedule.type,
         evaluation="".join(evaluation),

@@ -37,6 +37,7 @@ PURE = {
     "data_pipeline.pack",
     "data_pipeline.mask",
     "configs.deepspeed_json",
+    "configs.batch_sizes",
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 SHADOWING = {"logging", "datasets", "evaluate", "tokenizers", "random", "types", "json"}

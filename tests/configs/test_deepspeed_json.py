@@ -51,6 +51,17 @@ def test_batch_that_does_not_divide_names_a_micro_batch_that_does():
         accumulation_steps(24, 4, 5)
 
 
+def test_ramp_names_the_sizes_that_do_not_divide_over_the_ranks():
+    train = {"global_batch_size": 24, "micro_batch_size": 2}
+    train |= {"batch_ramp": {"start_size": 4, "increment": 2, "num_samples": 100}}
+    ramped = PretrainConfig.model_validate({"run_dir": "r", "train": train})
+    assert deepspeed_json(ramped, 1)["gradient_accumulation_steps"] == 12
+    with pytest.raises(
+        ConfigError, match=r"batches of 6, 10, 14, 18, 22 samples do not .*on 2 ranks; .*multiples of 4"
+    ):
+        deepspeed_json(ramped, 2)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_stage_decides_the_zero_section(stage):
     given = PretrainConfig.model_validate({"run_dir": "r", "zero": {"stage": stage}, "train": {"precision": "fp32"}})

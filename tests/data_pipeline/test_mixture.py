@@ -82,7 +82,7 @@ def test_counts_are_those_of_the_places_before(schedule, place):
 )
 def test_proportions_hold_all_along_a_ramp(ends):
     start, end = ends
-    stages = stages_of_schedule(start, [(10, 200, end)], 8)
+    stages = stages_of_schedule(start, [(10, 200, end)], lambda step: 8 * step)
     num = len(start)
     places_of_stages = np.searchsorted([first for first, _ in stages], np.arange(2000), side="right") - 1
     share = np.array([stage for _, stage in stages])[places_of_stages]
@@ -127,13 +127,13 @@ def test_tiny_share_is_exact_too():
 
 
 def test_schedule_ramps_linearly_and_begins_its_stages_with_steps():
-    stages = stages_of_schedule([3, 1], [(10, 4, [1, 3]), (20, 0, [0, 1])], 8)
+    stages = stages_of_schedule([3, 1], [(10, 4, [1, 3]), (20, 0, [0, 1])], lambda step: 8 * step)
     expected = [(0, 0.75), (80, 0.6875), (88, 0.5625), (96, 0.4375), (104, 0.3125), (112, 0.25), (160, 0.0)]
     assert [(start, stage[0]) for start, stage in stages] == expected
     assert all(math.isclose(sum(stage), 1) for _, stage in stages)
 
 
 def test_long_ramp_is_made_of_few_stages_and_has_the_same_mean():
-    stages = stages_of_schedule([1, 0], [(1, 100_000, [0, 1])], 1)
+    stages = stages_of_schedule([1, 0], [(1, 100_000, [0, 1])], lambda step: step)
     assert len(stages) <= 260
     assert counts(make_mixture(stages), 100_001)[1] == pytest.approx(50_000, abs=2)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from configs.batch_sizes import batch_size
 from configs.load import ConfigError
 from configs.schema import PretrainConfig
 from data_pipeline.samples import BLOCK, Samples, open_samples, tokens_before
@@ -109,6 +111,46 @@ def test_order_of_sources_in_the_file_changes_nothing(folder):
     assert one.facts(5) == other.facts(5)
 
 
+RAMP = {"batch_ramp": {"start_size": 6, "increment": 6, "num_samples": 300}}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("given", ["single", "mixed"])
+def test_ramp_of_the_batch_size_keeps_the_order_of_the_samples(folder, given, world_size):
+    config = single(folder, None, RAMP) if given == "single" else mixed(folder, WEIGHTS, None, RAMP)
+    fixed = single(folder) if given == "single" else mixed(folder, WEIGHTS)
+    ramped, whole = open_samples(config, "train"), open_samples(fixed, "train")
+    steps = [
+        [pair for rank in range(world_size) for pair in ramped.sample_ids(step, rank, world_size)] for step in range(40)
+    ]
+    assert sorted({len(ids) for ids in steps}) == [6, 12, 18, 24]
+    laid_out = [pair for ids in steps for pair in ids]
+    expected = [pair for step in range(40) for pair in whole.sample_ids(step, 0, 1)]
+    assert laid_out == expected[: len(laid_out)]
+    tokens = np.concatenate([first_tokens(ramped, step, world_size) for step in range(40)])
+    assert np.array_equal(tokens, np.concatenate([first_tokens(whole, step) for step in range(40)])[: len(tokens)])
+
+
+def test_phase_begins_at_the_place_that_a_ramp_has_reached(folder):
+    """A phase has its own order, and of a mixture the places that its sources have not had: nothing comes twice."""
+    phases = {"phases": [{"from_step": 7, "seq_len": 32}]}
+    samples = open_samples(mixed(folder, WEIGHTS, None, RAMP | phases), "train")
+    assert samples.places_before(7) == sum(len(samples.sample_ids(step, 0, 1)) for step in range(7)) < 7 * BATCH
+    assert samples.phases[1].before.sum() == samples.places_before(7)
+    order = np.concatenate([first_tokens(samples, step) for step in range(7, 14)])
+    assert len(order) == samples.places_before(14) - samples.places_before(7)
+    for source, rows in enumerate(samples.phases[1].rows):
+        own = order[order // 20_000 == source]
+        assert len(np.unique(own[: rows.num_rows])) == min(len(own), rows.num_rows)
+
+
+def test_scheduled_weights_take_over_at_their_step_of_a_ramp(folder):
+    schedule = {"mixture_schedule": [{"from_step": 5, "weights": {"a": 0, "b": 1, "c": 1}}]}
+    samples = open_samples(mixed(folder, WEIGHTS, schedule, RAMP), "train")
+    from_a = [(first_tokens(samples, step) < 20_000).sum() for step in range(12)]
+    assert min(from_a[:5]) >= 2 and max(from_a[5:]) <= 1  # what it was owed by rounding
+
+
 @pytest.mark.parametrize("given", ["single", "mixed"])
 def test_phases_have_their_own_length_and_go_through_their_own_samples(folder, given):
     phases = {"phases": [{"from_step": 7, "seq_len": 32}, {"from_step": 20, "seq_len": 16}]}
@@ -141,6 +183,15 @@ def test_tokens_count_each_phase_with_its_length():
     assert tokens_before(config.train, 0) == 0
     assert tokens_before(config.train, 90) == 90 * 8 * 128
     assert tokens_before(config.train, 100) == 8 * (90 * 128 + 10 * 512)
+
+
+def test_tokens_count_each_step_of_a_ramp_with_its_size():
+    train = gpt_config(Path("unused"), None, RAMP | {"phases": [{"from_step": 7, "seq_len": 32}]}).train
+    before = [tokens_before(train, step) for step in range(60)]
+    lengths_of_steps = [16] * 7 + [32] * 52
+    assert np.diff(before).tolist() == [
+        batch_size(train, step) * seq_len for step, seq_len in enumerate(lengths_of_steps)
+    ]
 
 
 def test_window_keeps_neighbours_near_and_epochs_whole(folder):
@@ -190,13 +241,14 @@ def test_facts_are_json_and_name_everything_the_order_depends_on(folder):
         "global_batch_size": ({}, {"global_batch_size": 48}),
         "seq_len": ({}, {"seq_len": 32}),
         "phases": ({}, {"phases": [{"from_step": 9, "seq_len": 32}]}),
+        "batch_ramp": ({}, RAMP),
         "packing": ({"packing": "best_fit"}, {}),
         "shuffle_window_tokens": ({"shuffle_window_tokens": 1000}, {}),
         "mixture_schedule": ({"mixture_schedule": [{"from_step": 9, "weights": {"a": 1, "b": 1, "c": 1}}]}, {}),
     }
     for name, (data, train) in changes.items():
         changed = open_samples(mixed(folder, WEIGHTS, data, train), "train").facts(10)
-        assert [key for key in facts if facts[key] != changed[key]] == [name]
+        assert [key for key in changed if changed[key] != facts.get(key)] == [name]
     other_weights = open_samples(mixed(folder, WEIGHTS | {"c": {"weight": 2}}), "train").facts(10)
     assert [key for key in facts if facts[key] != other_weights[key]] == ["mixture"]
     fewer = open_samples(mixed(folder, {"a": {"weight": 3}, "b": {"weight": 2}}), "train").facts(10)

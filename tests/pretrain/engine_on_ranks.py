@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -15,6 +16,7 @@ from configs.deepspeed_json import deepspeed_json
 from configs.schema import PretrainConfig
 from pretrain import engine, runtime
 from pretrain.models import build_model
+from pretrain.optim import make_optimizer
 
 STAGES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 VOCAB_SIZE, SEQ_LEN, BATCH = 131, 16, 4
@@ -143,6 +145,56 @@ def norm_and_clipping_are_the_same_at_every_stage() -> None:
         norms[clip] = seen[-1][:, 1]
     assert norms[0.0][0] == norms[0.1][0] > 0.1, "the norm is that before clipping"
     assert norms[0.0][1] != norms[0.1][1], "clipping has changed nothing"
+
+
+def number_of_micro_batches_may_change_from_step_to_step() -> None:
+    counts = (1, 3, 2, 1)  # of each rank
+    reference = plain_steps(counts)
+    for stage, precision in STAGES:
+        model = start(stage, precision, clip=0.5)
+        engine.set_lr(model, 1e-2)
+        found = []
+        for number, count in enumerate(counts):
+            engine.set_accumulation(model, count)
+            losses = 0.0
+            for micro_step in range(count):
+                loss = micro_loss(model, number, micro_step, ranks.rank) / (count * ranks.world_size)
+                engine.backward(model, loss)
+                model.step()
+                losses += loss.item()
+            total = ranks.sum(torch.tensor(losses, dtype=torch.float64)).item()
+            found.append((total, engine.grad_norm(model)))
+        tolerance = 1e-5 if precision == "fp32" else 0.02
+        assert torch.allclose(torch.tensor(found), torch.tensor(reference), rtol=tolerance, atol=0), (
+            stage, precision, found, reference,
+        )  # fmt: skip
+        engine.close(model)
+
+
+def plain_steps(counts: Sequence[int]) -> list[tuple[float, float]]:
+    """Loss and gradient norm of the same steps in torch alone, all micro batches of all ranks one after the other."""
+    config = configuration(1, "fp32", 0.5)
+    runtime.seed_all(3)
+    model = build_model(config.model, VOCAB_SIZE, SEQ_LEN)
+    optimizer = make_optimizer(model, config.train.optimizer)
+    result = []
+    for number, count in enumerate(counts):
+        total = 0.0
+        for micro_step, rank in itertools.product(range(count), range(ranks.world_size)):
+            loss = micro_loss(model, number, micro_step, rank) / (count * ranks.world_size)
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        result.append((total, norm))
+    return result
+
+
+def micro_loss(model, number: int, micro_step: int, rank: int) -> torch.Tensor:
+    runtime.seed_all(7, number, micro_step, rank)
+    ids = torch.randint(0, VOCAB_SIZE, (1, SEQ_LEN + 1))
+    return model(input_ids=ids[:, :-1], labels=ids[:, 1:])["clm"] / SEQ_LEN
 
 
 globals()[sys.argv[1]]()

@@ -69,3 +69,7 @@ def test_reading_out_before_the_first_update_gives_a_zero_state_and_changes_noth
 
 def test_gradient_norm_and_clipping_are_the_same_at_every_stage(tmp_path):
     run_function("norm_and_clipping_are_the_same_at_every_stage", tmp_path)
+
+
+def test_number_of_micro_batches_may_change_from_step_to_step_at_every_stage(tmp_path):
+    run_function("number_of_micro_batches_may_change_from_step_to_step", tmp_path)
