@@ -64,7 +64,7 @@ def look(run_dir: Path, world_size: int, finished: Iterable[int] = ()) -> list[S
     """
     rings = read_rings(run_dir, world_size)
     states = [
-        "finished" if rank in finished else _state(ring) if ring else "unknown" for rank, ring in enumerate(rings)
+        "finished" if rank in finished else state_of(ring) if ring else "unknown" for rank, ring in enumerate(rings)
     ]
     asked = [ring for ring, state in zip(rings, states, strict=True) if ring and state in ("running", "blocked")]
     _ask_for_stacks(run_dir, asked)
@@ -185,19 +185,28 @@ def main_stack(dumps: str, main_thread: int) -> tuple[str, ...]:
     return tuple(frames)
 
 
-def _state(ring: Ring) -> str:
+def state_of(ring: Ring) -> str:
     """Of the process that made the ring."""
-    if ring.host != socket.gethostname():
+    state = process_state(ring.host, ring.pid, ring.started)
+    return "finished" if state == "gone" and ring.phase == "end" else state
+
+
+def process_state(host: str, pid: int, started: float) -> str:
+    """running, stopped, blocked or gone; elsewhere: on another machine.
+
+    A process that began after `started` (seconds since 1970) is another one that got the same number: ours is gone.
+    """
+    if host != socket.gethostname():
         return "elsewhere"
     try:
         # pid (name) state ...; the name may hold blanks and brackets
-        fields = Path(f"/proc/{ring.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         uptime = float(Path("/proc/uptime").read_text().split()[0])
     except OSError:
-        return "finished" if ring.phase == "end" else "gone"
+        return "gone"
     began = time.time() - uptime + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    if began > ring.started + 1 or fields[0] in "ZX":  # another process that got the same number, or a dead one
-        return "finished" if ring.phase == "end" else "gone"
+    if began > started + 1 or fields[0] in "ZX":
+        return "gone"
     return {"T": "stopped", "t": "stopped", "D": "blocked"}.get(fields[0], "running")
 
 

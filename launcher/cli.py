@@ -30,6 +30,9 @@ usage: millstream VERB CONFIG [key=value ...]
   replay RUN_DIR|CONFIG STEP   runs the batch of that step again and shows where its numbers go wrong (exact=false)
   export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, weights=ema, output=DIR)
   finetune CONFIG              an exported directory -> a classifier
+  status RUN_DIR ...           does it run, how far is it, how did it end; of several runs a table
+  logs RUN_DIR                 the first failing rank's traceback, then all ranks' logs; --rank N, --follow
+  stop RUN_DIR                 finish the step, save, end, under any launcher; --now: at once
   config CONFIG [key ...]      effective values and where each comes from; --deepspeed: the generated JSON
 
   --ranks N                    processes on this machine for pretrain, finetune and config --deepspeed
@@ -88,6 +91,8 @@ def dispatch(words: list[str]) -> int:
             return replay(place, step, rest, num_ranks)
         case ["export", *rest] if rest:
             return run_module("pretrain.export", rest)
+        case ["status" | "logs" | "stop", *_]:
+            return look_after(words)
         case ["config", config, *rest]:
             return show_config(config, rest, num_ranks or 1)
     raise ConfigError(f"not understood: millstream {' '.join(words)}\n\n{USAGE}")
@@ -126,6 +131,29 @@ def refuse_to_start_many(module: str, config: str) -> None:
                 f"{name}={num_tasks}: this command starts the ranks of one machine itself, and was started so many "
                 f"times; start the ranks with srun or mpirun instead: python -m {module} --config {config}"
             )
+
+
+def look_after(words: list[str]) -> int:
+    """status, logs and stop, of runs that any launcher has started."""
+    from configs.errors import ConfigError
+
+    match words:
+        case ["status", _, *_] if not any(word.startswith("-") for word in words):
+            from launcher.status import show_status
+
+            return show_status([Path(word) for word in words[1:]])
+        case ["logs", *rest]:
+            from launcher.show_logs import logs_command
+
+            return logs_command(rest)
+        case ["stop", run_dir] | ["stop", run_dir, "--now"] | ["stop", "--now", run_dir]:
+            from launcher.stop import stop_run
+
+            return stop_run(Path(run_dir), "--now" in words)
+    raise ConfigError(
+        f"not understood: millstream {' '.join(words)}\nexpected status RUN_DIR ..., "
+        "logs RUN_DIR [--rank N] [--follow], or stop RUN_DIR [--now]"
+    )
 
 
 def become_module(module: str, words: list[str]) -> NoReturn:
