@@ -165,7 +165,7 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """A row of the size table in `pretrain/models/` (`preset`), any value of which can be overridden here."""
+    """A row of the size table in `model_sizes.py` (`preset`), any value of which can be overridden here."""
 
     architecture: Literal["gpt", "bert"] = "gpt"
     preset: str = "nano"

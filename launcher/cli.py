@@ -23,6 +23,10 @@ usage: millstream VERB CONFIG [key=value ...]
   data merge OUT DIR DIR ...   datasets of one tokenizer, one after the other, as one
   data import FORMAT SRC OUT   a dataset of megatron or mds -> a dataset directory (tokenizer=DIR)
   data export arrow DIR OUT    a dataset directory -> one that `datasets` loads
+  plan CONFIG --gpus N --gpu h100-80g
+                               memory, time and cost before a run: [--nodes N] [--network NAME] [--price DOLLARS]
+                               --fit: choose micro batch, ZeRO stage, checkpointing
+  plan table --gpu NAME        the smallest cluster for each size from 124M to 175B
   pretrain CONFIG              train; goes on from the newest checkpoint of run_dir
   prove loss CONFIG            ranks, ZeRO stages, packing, kernels, precision ... against plain float32 (steps=4)
   prove resume CONFIG          kills and resumes a short run and compares it with an undisturbed one (steps=8)
@@ -73,6 +77,10 @@ def dispatch(words: list[str]) -> int:
             return start("pretrain.train", config, overrides, num_ranks)
         case ["finetune", config, *overrides]:
             return start("finetune.run", config, overrides, num_ranks)
+        case ["plan", *rest]:
+            from launcher.plan_command import plan
+
+            return plan(rest)
         case ["prove", "loss", config, *overrides]:
             from launcher.prove_loss import prove_loss
 

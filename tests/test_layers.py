@@ -38,6 +38,11 @@ PURE = {
     "data_pipeline.mask",
     "configs.deepspeed_json",
     "configs.batch_sizes",
+    "launcher.plan",
+    "launcher.plan_job",
+    "launcher.plan_memory",
+    "launcher.plan_time",
+    "launcher.plan_probe",
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 SHADOWING = {"logging", "datasets", "evaluate", "tokenizers", "random", "types", "json"}

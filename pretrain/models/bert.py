@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from configs.model_sizes import BertShape
 from pretrain.kernels.attention import sequence_blocks
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX
 from pretrain.models.layers import MLP, Attention, Bias, Embedding, Linear, Visible, attention_mask
@@ -16,26 +15,6 @@ from pretrain.objective import token_losses
 
 NORM_EPS = 1e-12
 PADDING_ID = 0  # of [PAD], in the published vocabularies and in those trained here
-
-
-@dataclass(frozen=True)
-class BertShape:
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    max_seq_len: int
-    vocab_size: int = 30_522
-    intermediate_size: int | None = None  # None: 4 x hidden_size
-    init_std: float = 0.02  # of all weights (Devlin et al. 2019's code)
-
-
-# Devlin et al. 2019, section 3; nano is ours, for CPUs. With weights of 0.02 the outputs of a matrix of its width start
-# out 2.4 times smaller than in base, and the loss stays longer on its first plateau; 0.05 = 0.02 x sqrt(768 / 128).
-SIZES = {
-    "nano": BertShape(4, 128, 2, 512, init_std=0.05),
-    "base": BertShape(12, 768, 12, 512),
-    "large": BertShape(24, 1024, 16, 512),
-}
 
 
 class Block(nn.Module):

@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from configs.model_sizes import GPTShape
 from pretrain.models.layers import MLP, Attention, Embedding, attention_mask
 from pretrain.objective import token_losses
 
 INIT_STD = 0.02
-
-
-@dataclass(frozen=True)
-class GPTShape:
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    max_seq_len: int
-    vocab_size: int = 50_257
-    intermediate_size: int | None = None  # None: 4 x hidden_size
-
-
-# GPT-2: table 2 of Radford et al. 2019 (parameters counted with the tied embedding once). GPT-3: table 2.1 of Brown et
-# al. 2020; where its head count times head size is not the width, the head count that divides the width is used.
-SIZES = {
-    "nano": GPTShape(4, 128, 2, 256),
-    "gpt2": GPTShape(12, 768, 12, 1024),
-    "gpt2-medium": GPTShape(24, 1024, 16, 1024),
-    "gpt2-large": GPTShape(36, 1280, 20, 1024),
-    "gpt2-xl": GPTShape(48, 1600, 25, 1024),
-    "gpt3-125m": GPTShape(12, 768, 12, 2048),
-    "gpt3-350m": GPTShape(24, 1024, 16, 2048),
-    "gpt3-760m": GPTShape(24, 1536, 16, 2048),
-    "gpt3-1.3b": GPTShape(24, 2048, 16, 2048),
-    "gpt3-2.7b": GPTShape(32, 2560, 32, 2048),
-    "gpt3-6.7b": GPTShape(32, 4096, 32, 2048),
-    "gpt3-13b": GPTShape(40, 5120, 40, 2048),
-    "gpt3-175b": GPTShape(96, 12288, 96, 2048),
-}
 
 
 class Block(nn.Module):

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from pretrain.models.bert import NORM_EPS, PADDING_ID, BertShape
-from pretrain.models.gpt import GPTShape
+from configs.model_sizes import BertShape, GPTShape
+from pretrain.models.bert import NORM_EPS, PADDING_ID
 
 GPT_NAMES = {
     "word_embeddings.weight": "transformer.wte.weight",

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, GPT2Config, GPT2LMHeadModel
 
 from configs.load import ConfigError
+from configs.model_sizes import GPT_SIZES
 from configs.schema import FimConfig, ModelConfig
 from data_pipeline import bert_rows, chance, fim, pack
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX
@@ -303,13 +304,13 @@ def test_residual_outputs_start_smaller_by_the_square_root_of_twice_the_layers()
 @pytest.mark.parametrize(("preset", "millions"), [("gpt2", 124.4), ("gpt2-medium", 354.8), ("gpt2-xl", 1557.6)])
 def test_published_sizes_have_the_published_parameter_counts(preset, millions):
     with torch.device("meta"):
-        model = GPT(gpt.SIZES[preset])
+        model = GPT(GPT_SIZES[preset])
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
 def test_gpt3_175b_has_175_billion_parameters():
     with torch.device("meta"):
-        model = GPT(gpt.SIZES["gpt3-175b"])
+        model = GPT(GPT_SIZES["gpt3-175b"])
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(175, abs=0.5)
 
 

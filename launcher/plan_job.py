@@ -1,0 +1,133 @@
+"""What a plan is made of: the run as plain numbers, and the cluster it is to run on. Pure: no files, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from configs.batch_sizes import samples_before
+from configs.deepspeed_json import accumulation_steps
+from configs.errors import ConfigError
+from configs.hardware import Gpu, Network
+from configs.model_sizes import BertShape, GPTShape, model_shape
+from configs.schema import PretrainConfig, TrainConfig
+
+STATE_BYTES = {"adamw": 8, "lamb": 8, "lion": 4, "muon": 8}  # of the optimizer, fp32, per parameter; muon: at most
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pretraining run in numbers; sizes are in elements, samples and tokens."""
+
+    shape: GPTShape | BertShape
+    seq_len: int
+    micro_batch_size: int  # samples, on one GPU at once
+    global_batch_size: int  # samples, over all GPUs and accumulation steps
+    num_gpus: int
+    num_steps: int
+    num_tokens: int  # of the whole run
+    element_bytes: int  # of weights and activations: 2 (bf16) or 4 (fp32)
+    stage: int
+    bucket_elements: int
+    state_bytes: int  # of the optimizer's state and the moving average, per parameter
+    checkpointing: bool
+    dropout: float
+    attention_dropout: float
+    target_share: float  # of the positions that go through the output layer: 1 for GPT, the masked ones for BERT
+
+    @property
+    def is_bert(self) -> bool:
+        return isinstance(self.shape, BertShape)
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.shape.intermediate_size or 4 * self.shape.hidden_size
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches of one GPU in a step."""
+        return self.global_batch_size // (self.micro_batch_size * self.num_gpus)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_len
+
+
+@dataclass(frozen=True)
+class Cluster:
+    num_gpus: int
+    num_nodes: int
+    gpu: Gpu
+    network: Network
+
+    @property
+    def gpus_per_node(self) -> int:
+        return self.num_gpus // self.num_nodes
+
+
+def make_job(config: PretrainConfig, vocab_size: int | None, num_gpus: int) -> Job:
+    """The numbers of `config` on `num_gpus`, at the longest sequence length of its phases.
+
+    vocab_size: of the dataset; None: that of the published models. Raises ConfigError for a shape that cannot be, a
+    batch that does not divide over the GPUs, and a ZeRO stage that this precision cannot have.
+    """
+    train, model = config.train, config.model
+    shape = model_shape(model, vocab_size, train.longest_seq_len)
+    accumulation_steps(train.global_batch_size, train.micro_batch_size, num_gpus)
+    if config.zero.stage == 0 and train.precision == "bf16":
+        raise ConfigError("zero.stage=0 is for train.precision=fp32; with bf16 the whole weights are at zero.stage=1")
+    return Job(
+        shape=shape,
+        seq_len=train.longest_seq_len,
+        micro_batch_size=train.micro_batch_size,
+        global_batch_size=train.global_batch_size,
+        num_gpus=num_gpus,
+        num_steps=train.num_steps,
+        num_tokens=_tokens_of_run(train),
+        element_bytes=2 if train.precision == "bf16" else 4,
+        stage=config.zero.stage,
+        bucket_elements=config.zero.bucket_elements,
+        state_bytes=STATE_BYTES[train.optimizer.type] + (4 if train.optimizer.ema_decay is not None else 0),
+        checkpointing=model.activation_checkpointing,
+        dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+        target_share=config.data.masking.probability if model.architecture == "bert" else 1.0,
+    )
+
+
+def _tokens_of_run(train: TrainConfig) -> int:
+    """Over all steps, with the batches and sequence lengths that each has."""
+    starts = [(0, train.seq_len), *((p.from_step, p.seq_len) for p in train.phases if p.from_step < train.num_steps)]
+    ends = [*(start for start, _ in starts[1:]), train.num_steps]
+    return sum(
+        (samples_before(train, end) - samples_before(train, start)) * seq_len
+        for (start, seq_len), end in zip(starts, ends, strict=True)
+    )
+
+
+def make_cluster(num_gpus: int, num_nodes: int | None, gpu: Gpu, network: Network) -> Cluster:
+    """`num_gpus` on `num_nodes` (None: as many as the GPU's usual nodes need); ConfigError if they do not divide."""
+    if num_nodes is None:
+        num_nodes = max(1, -(-num_gpus // gpu.per_node))
+    if num_gpus % num_nodes:
+        raise ConfigError(
+            f"{num_gpus} GPUs do not divide over {num_nodes} nodes; choose a number of GPUs that is a multiple of "
+            f"{num_nodes}, or --nodes {next(n for n in range(num_nodes, 0, -1) if num_gpus % n == 0)}"
+        )
+    return Cluster(num_gpus, num_nodes, gpu, network)
+
+
+def count_block_parameters(job: Job) -> int:
+    """Of one layer: query, key and value, the output, two layers of the MLP, two normalisations, all with biases."""
+    h, i = job.shape.hidden_size, job.intermediate_size
+    return (3 * h * h + 3 * h) + (h * h + h) + (2 * h * i + i + h) + 4 * h
+
+
+def count_parameters(job: Job) -> int:
+    """Of the whole model; the output layer is the word embedding and counts once."""
+    s, h = job.shape, job.shape.hidden_size
+    embeddings = (s.vocab_size + s.max_seq_len) * h
+    blocks = s.num_layers * count_block_parameters(job)
+    if not job.is_bert:
+        return embeddings + blocks + 2 * h
+    heads = (h * h + h) + (h * h + h + 2 * h) + s.vocab_size + (2 * h + 2)  # pooler, MLM transform, bias, NSP
+    return embeddings + 2 * h + 2 * h + blocks + heads
