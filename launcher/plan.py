@@ -124,8 +124,8 @@ def smallest_cluster(preset: str, gpu: Gpu, network_name: str | None = None) -> 
         batch = max(num_gpus, TABLE_BATCH_TOKENS // shape.max_seq_len)
         job = Job(
             shape=shape, seq_len=shape.max_seq_len, micro_batch_size=1, global_batch_size=batch, num_gpus=num_gpus,
-            num_steps=1, num_tokens=1, element_bytes=2, stage=3, bucket_elements=50_000_000, state_bytes=8, checkpointing=False,
-            dropout=0.0, attention_dropout=0.0, target_share=1.0,
+            num_steps=1, num_tokens=1, element_bytes=2, stage=3, bucket_elements=50_000_000, state_bytes=8,
+            checkpointing=False, dropout=0.0, attention_dropout=0.0, target_share=1.0,
         )  # fmt: skip
         job = replace(job, num_tokens=TOKENS_PER_PARAMETER * count_parameters(job))
         cluster = make_cluster(num_gpus, None, gpu, network(network_name or gpu.network))
