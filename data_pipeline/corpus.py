@@ -14,6 +14,7 @@ from pathlib import Path
 
 import orjson
 import xxhash
+from tokenizers import Tokenizer
 
 from configs.load import ConfigError
 from configs.schema import CleanConfig, PretrainConfig
@@ -41,6 +42,7 @@ class Corpus:
     sizes: array[int]  # of each file, in bytes; 0 where a server does not say
     stamps: array[int]  # a hash of each file's size and time, or ETag
     built_from: str  # fingerprint of all this and of the settings
+    tokenizer: Tokenizer | None = None  # the pretrained one
 
     @property
     def text_bytes(self) -> int:
@@ -57,7 +59,7 @@ class Corpus:
 def find_corpus(config: PretrainConfig) -> Corpus:
     """Find the files and look at their sizes and times. Raises DataError or ConfigError for what cannot be built."""
     settings = config.data.build
-    check_settings(config)
+    tokenizer = check_settings(config)
     files = find_files(settings.sources)
     num_own = len(files)
     if settings.validation_sources:
@@ -70,12 +72,15 @@ def find_corpus(config: PretrainConfig) -> Corpus:
         stamps.append(_hash(found))
         digest.update(f"{file}\0{found}\n".encode("utf-8", "surrogateescape"))
     sizes = array("Q", map(size_of, files))
-    return Corpus(files, num_own, sizes, stamps, source_fingerprint(config, digest.hexdigest()))
+    return Corpus(files, num_own, sizes, stamps, source_fingerprint(config, digest.hexdigest()), tokenizer)
 
 
-def check_settings(config: PretrainConfig) -> None:
-    """What would fail only after hours fails now (see also `passes.check_stages`). Raises DataError or ConfigError."""
-    settings, for_bert = config.data.build, config.model.architecture == "bert"
+def check_settings(config: PretrainConfig) -> Tokenizer | None:
+    """What would fail only after hours fails now (see also `passes.check_stages`). Raises DataError or ConfigError.
+
+    Returns the pretrained tokenizer, if that is asked for.
+    """
+    settings, for_bert, tokenizer = config.data.build, config.model.architecture == "bert", None
     if settings.tokenizer.type == "pretrained":
         if settings.tokenizer.path is None:
             raise ConfigError("data.build.tokenizer.path is missing: type pretrained needs the tokenizer's folder")
@@ -95,6 +100,7 @@ def check_settings(config: PretrainConfig) -> None:
     for file in settings.clean.decontaminate:
         if not Path(file).is_file():
             raise DataError(f"{file}: no such file; correct data.build.clean.decontaminate")
+    return tokenizer
 
 
 def source_fingerprint(config: PretrainConfig, files: str) -> str:

@@ -30,7 +30,8 @@ from typing import Any
 
 from configs.load import ConfigError
 from configs.schema import BuildConfig
-from data_pipeline.shards import DataError, writing
+from data_pipeline.errors import DataError
+from data_pipeline.store import writing
 
 Task = tuple[Any, ...]  # the arguments of one call
 Run = Callable[[Callable[..., Any], Sequence[Task]], Iterator[Any]]  # function, tasks -> results as they are ready
@@ -93,21 +94,31 @@ def run_here(function: Callable[..., Any], tasks: Sequence[Task]) -> Iterator[An
 
 
 def _run_executor(executor: Any, function: Callable[..., Any], tasks: Sequence[Task]) -> Iterator[Any]:
-    futures = [executor.submit(function, *task) for task in tasks]
     try:
+        futures = [executor.submit(function, *task) for task in tasks]
+        # Python's pool looks for its workers' ends each time it is given something, before it starts a worker for that.
+        # So without this it would not notice the end of the last one until another one has finished what it does.
+        executor.submit(os.getpid)
         for future in as_completed(futures):
             yield future.result()
     except BrokenExecutor as error:
         raise DataError(KILLED) from error
 
 
+def start_server() -> None:
+    """Start the process that forks workers, if it does not run yet: safe where this process has threads.
+
+    It imports for 0.3 s what workers need; whatever is done here before the first task is not held up by that.
+    """
+    forkserver.set_forkserver_preload(["data_pipeline.passes"])
+    forkserver.ensure_running()
+
+
 @contextmanager
 def _open_processes(num_workers: int) -> Iterator[Executor]:
     """A pool of processes that end at once with an exception here, or with this process, however it ends."""
-    # A server process that has imported everything, once, and forks workers: safe where this process has threads.
+    start_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_pipeline.passes"])
-    forkserver.ensure_running()  # it imports for 0.3 s; what is done here before the first task is not held up by that
     theirs, ours = context.Pipe(duplex=False)
     with closing(theirs), closing(ours), ProcessPoolExecutor(num_workers, context, _start_worker, (theirs,)) as pool:
         try:

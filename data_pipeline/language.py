@@ -48,6 +48,11 @@ def known_languages() -> list[str]:
     return sorted(set(_model().labels) - {NO_LANGUAGE})
 
 
+def load_model() -> None:
+    """Load the model, which otherwise happens when it is first used."""
+    _model()
+
+
 def _sample(text: str) -> str:
     """The start, the middle and the end of a long text; in small letters if it is mostly in capitals."""
     if len(text) > 3 * STRETCH_CHARACTERS:

@@ -206,10 +206,10 @@ def runs(todo: list[int], sizes: list[int], reach: list[int], num_own: int, num_
 
     sizes and reach: bytes of each part, and bytes to be decompressed before its first one. Small tasks keep all workers
     busy to the end, so there are up to 16 a worker. But the last part of a large compressed file can only be reached
-    through all that is before it: where that is more than a small task, there are only two tasks a worker.
+    through all that is before it: where that is more than a small task, there is one task a worker.
     """
     total = sum(sizes[number] for number in todo)
-    small, large = total / (16 * num_workers), total / (2 * num_workers)
+    small, large = total / (16 * num_workers), total / num_workers
     tasks: list[list[int]] = []
     filled = 0
     for number in todo:

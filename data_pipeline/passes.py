@@ -25,7 +25,7 @@ from data_pipeline import tokenizer as tokenizers
 from data_pipeline.byte_level import ranked_encoder
 from data_pipeline.clean import Stage, clean, make_stages
 from data_pipeline.encode import EncodeFlat
-from data_pipeline.language import identify
+from data_pipeline.language import identify, load_model
 from data_pipeline.minhash import signature_dtype, signatures
 from data_pipeline.part_text import Report, read_clean, read_parts, sample_texts, split, write_json
 from data_pipeline.part_tokens import read_documents, read_index, write_index, write_tokens
@@ -120,8 +120,8 @@ def _finish_part(files: ExitStack, report: Report | None, path: Path) -> None:
             report.write(path)
 
 
-def make_tokenizer(work: Path) -> None:
-    """Load or train the tokenizer; its folder in the working directory is complete or not there.
+def make_tokenizer(work: Path, loaded: Tokenizer | None = None) -> None:
+    """Load or train the tokenizer, or take the `loaded` one; its folder in `work` is complete or not there.
 
     encoder.json, written before: the id that ends a document, the number of ids, and the tokens that tiktoken would
     need, as latin-1, with their ids; None if tiktoken is not certain to give the same ids. So workers do not prove it.
@@ -132,7 +132,7 @@ def make_tokenizer(work: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     os.environ.pop("TOKENIZERS_PARALLELISM", None)  # workers set it; but no other one has work meanwhile
-    tokenizer = tokenizers.make_tokenizer(settings, sample_texts(plan, settings.sample_bytes), aside)
+    tokenizer = tokenizers.make_tokenizer(settings, sample_texts(plan, settings.sample_bytes), aside, loaded)
     longest = max([train.seq_len, *(phase.seq_len for phase in train.phases)])
     tokenizers.save_tokenizer(tokenizer, aside, plan.config.model.max_seq_len or longest)
     end = None if plan.config.model.architecture == "bert" else tokenizers.end_of_text_id(tokenizer)
@@ -156,6 +156,14 @@ def assemble_shard(
     entry = write_shard(directory / f"shard-{number:05d}.tokens", pieces, vocab_size)
     write_json(shard_entry(plan, split_name, number), entry)
     return entry["tokens"]
+
+
+def load_for_report(plan: Plan) -> Tokenizer:
+    """Load what is needed after the tokens are there, while workers make them; returns the plan's tokenizer."""
+    if not plan.tokenizer_report.exists():
+        load_model()
+        _encoder_of(plan)
+    return tokenizers.load_tokenizer(plan.tokenizer_dir)
 
 
 def report_tokenizer(plan: Plan, tokenizer: Tokenizer) -> None:

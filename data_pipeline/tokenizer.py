@@ -53,13 +53,18 @@ SCORE_GRID = 1 << 13
 SENTENCE_ENDS = set(".!?。！？…।؟")
 
 
-def make_tokenizer(config: TokenizerConfig, texts: Iterable[str], directory: Path) -> Tokenizer:
-    """Train on `texts` or load, as `config` says. Raises DataError. `directory` receives spiece.model, for unigram."""
+def make_tokenizer(
+    config: TokenizerConfig, texts: Iterable[str], directory: Path, loaded: Tokenizer | None = None
+) -> Tokenizer:
+    """Train on `texts` or load, as `config` says. Raises DataError. `directory` receives spiece.model, for unigram.
+
+    loaded: the pretrained one, if it was loaded already; sentinels are added to it.
+    """
     if not config.fim_tokens:
-        return _make(config, texts, directory)
+        return loaded or _make(config, texts, directory)
     sentinels = FIM_SPELLINGS[0]
     rest = config.model_copy(update={"vocab_size": max(1, config.vocab_size - len(sentinels))})
-    tokenizer = _make(rest, texts, directory)
+    tokenizer = loaded or _make(rest, texts, directory)
     if fim_ids(tokenizer) is None:
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in sentinels])
     return tokenizer

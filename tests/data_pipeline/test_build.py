@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from configs.load import load_pretrain
-from data_pipeline import build, parts
+from data_pipeline import build_steps, parts
 from data_pipeline.shards import DataError, open_dataset
 from data_pipeline.tokenizer import end_of_text_id, load_tokenizer
 from tests.conftest import ROOT
@@ -52,7 +52,7 @@ def small_parts(monkeypatch) -> None:
 
 def make(config: Path, *overrides: str) -> Path:
     settings = load_pretrain(config, list(overrides))
-    build.build(settings, QUIET)
+    build_steps.build(settings, QUIET)
     return Path(settings.data.dir)
 
 
@@ -154,7 +154,7 @@ def test_finished_parts_are_not_done_again(corpus, small_parts, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(build, "make_shards", disturbed)
+        patched.setattr(build_steps, "make_shards", disturbed)
         with pytest.raises(KeyboardInterrupt):
             make(corpus)
     kept = sorted((corpus.parent / ".building-data" / "tokens").iterdir())
@@ -169,7 +169,7 @@ def test_finished_parts_are_not_done_again(corpus, small_parts, monkeypatch):
         assert again == [kept[3]]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "make_shards", finished)
+    monkeypatch.setattr(build_steps, "make_shards", finished)
     with pytest.raises(KeyboardInterrupt):
         make(corpus)
 
@@ -179,7 +179,7 @@ def test_changed_sources_start_an_interrupted_build_over(corpus, small_parts, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(build, "make_shards", disturbed)
+        patched.setattr(build_steps, "make_shards", disturbed)
         with pytest.raises(KeyboardInterrupt):
             make(corpus)
     (corpus.parent / "corpus.jsonl").write_text('{"text": "quite another corpus"}\n' * 100)
@@ -188,14 +188,14 @@ def test_changed_sources_start_an_interrupted_build_over(corpus, small_parts, mo
 
 
 def test_source_that_changes_while_it_is_read_is_named(corpus, monkeypatch):
-    real = build.passes.make_tokenizer
+    real = build_steps.passes.make_tokenizer
 
     def meddled(*args):
         with (corpus.parent / "corpus.jsonl").open("a") as file:
             file.write('{"text": "one more"}\n')
         return real(*args)
 
-    monkeypatch.setattr(build.passes, "make_tokenizer", meddled)
+    monkeypatch.setattr(build_steps.passes, "make_tokenizer", meddled)
     message = error_of(corpus)
     assert "corpus.jsonl: was changed" in message
     assert not (corpus.parent / "data").exists()
@@ -244,7 +244,7 @@ def test_every_document_is_in_exactly_one_split_with_its_end_token(corpus):
     texts = {json.loads(line)["text"] for line in (corpus.parent / "corpus.jsonl").open()}
     found = []
     for name in ("train", "validation"):
-        data, tokenizer = open_dataset(root / name), build.tokenizers.load_tokenizer(root / name)
+        data, tokenizer = open_dataset(root / name), build_steps.tokenizers.load_tokenizer(root / name)
         starts = [*data.document_starts(0, data.num_tokens).tolist(), data.num_tokens]
         for start, stop in itertools.pairwise(starts):
             ids = data.tokens(start, stop).tolist()
@@ -410,7 +410,7 @@ def test_large_vocabulary_is_stored_as_uint32(tmp_path, corpus):
     )
     data = open_dataset(root / "train")
     assert data.vocab_size == len(letters) + 2
-    tokenizer = build.tokenizers.load_tokenizer(root / "train")
+    tokenizer = build_steps.tokenizers.load_tokenizer(root / "train")
     assert tokenizer.decode(data.tokens(0, data.num_tokens - 1).tolist()) == "".join(letters)
 
 

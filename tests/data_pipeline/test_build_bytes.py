@@ -18,7 +18,7 @@ import pytest
 import zstandard
 
 from configs.load import load_pretrain
-from data_pipeline import build, parts
+from data_pipeline import build_steps, parts
 from data_pipeline.shards import verify_dataset
 from tests.conftest import ROOT
 from tests.data_pipeline.test_build import QUIET, SMALL_PARTS, content
@@ -159,7 +159,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers_and_numbers_agree(corpus, 
     for num_workers in (1, 3):
         out = tmp_path / str(num_workers)
         config = config_of(corpus, *CASES[case], out)
-        build.build(load_pretrain(config, [f"data.build.num_workers={num_workers}"]), QUIET)
+        build_steps.build(load_pretrain(config, [f"data.build.num_workers={num_workers}"]), QUIET)
         assert [fault for split in parts.SPLITS for fault in verify_dataset(out / split)] == []
         results.append(content(out))
     assert results[0] == results[1]
@@ -178,7 +178,7 @@ def test_bytes_do_not_depend_on_where_the_dataset_is_built(corpus, tmp_path):
     results = []
     for name in ("here", "a longer name for the same"):
         config = config_of(corpus, *CASES["unigram"], tmp_path / name)
-        build.build(load_pretrain(config), QUIET)
+        build_steps.build(load_pretrain(config), QUIET)
         results.append(content(tmp_path / name))
     assert results[0] == results[1]
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.load import ConfigError, load_pretrain
-from data_pipeline import build, corpus
+from data_pipeline import build_steps, corpus
 from data_pipeline.corpus import Corpus, find_corpus, scan_groups
 from data_pipeline.shards import DataError, open_dataset
 from tests.data_pipeline.test_build import QUIET, content
@@ -37,7 +37,7 @@ def config(tmp_path) -> Path:
 
 def make(config: Path, *words: str) -> Path:
     settings = load_pretrain(config, list(words))
-    build.build(settings, QUIET)
+    build_steps.build(settings, QUIET)
     return Path(settings.data.dir)
 
 
@@ -168,7 +168,7 @@ def test_build_killed_while_it_finishes_goes_on(config, tmp_path, monkeypatch, m
         if moment == "old removed":
             patched.setattr(Path, "rename", lambda path, to: killed() if to.name == "data" else os.rename(path, to))
         else:
-            patched.setattr(build, "clear", killed)
+            patched.setattr(build_steps, "clear", killed)
         with pytest.raises(KeyboardInterrupt):
             make(config)
     assert (tmp_path / "data").exists() == (moment != "old removed")

@@ -40,6 +40,17 @@ def fail_after_mark(folder: Path, error: Exception | None, number: int) -> None:
         raise error
 
 
+def kill_the_last_worker(folder: Path, number: int) -> None:
+    """Of two workers, the one that was started last is killed while the other one still has much to do."""
+    (folder / f"{number}.pid").write_text(str(os.getpid()))
+    (folder / f"{number}.pid").rename(folder / str(number))
+    while not (folder / str(1 - number)).exists():
+        time.sleep(0.01)
+    if os.getpid() > int((folder / str(1 - number)).read_text()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(LONG_SECONDS)
+
+
 def pid_in(folder: Path) -> int:
     deadline = time.monotonic() + 30
     while not ((folder / "1").exists() and (folder / "1").read_text()) and time.monotonic() < deadline:
@@ -79,6 +90,13 @@ def test_killed_worker_is_an_error_that_says_what_is_kept_and_ends_the_others(tm
         list(run(fail_after_mark, [(tmp_path, None, number) for number in range(2)]))
     assert "it was killed" in str(caught.value) and "Finished parts are kept" in str(caught.value)
     assert not is_running(pid_in(tmp_path))
+
+
+def test_kill_of_the_worker_that_was_started_last_is_noticed_at_once(tmp_path):
+    started = time.monotonic()
+    with pytest.raises(DataError, match="it was killed"), open_engine(BuildConfig(), tmp_path, 2) as (run, _):
+        list(run(kill_the_last_worker, [(tmp_path, number) for number in range(2)]))
+    assert time.monotonic() - started < LONG_SECONDS / 2
 
 
 @pytest.mark.slow

@@ -43,11 +43,11 @@ def test_tasks_hold_every_missing_part_once_and_only_neighbours(num_own, num_hel
         assert len({number < num_own for number in task}) == 1
 
 
-def test_one_compressed_file_is_two_tasks_a_worker():
+def test_one_compressed_file_is_one_task_a_worker():
     tasks = runs(list(range(128)), [10] * 128, [10 * part for part in range(128)], 128, 2)
-    assert [len(task) for task in tasks] == [4, 32, 32, 32, 28]  # one more where the beginning is still near
+    assert [len(task) for task in tasks] == [4, 64, 60]  # one more where the beginning is still near
     passed_over = sum(10 * task[0] for task in tasks)
-    assert passed_over < 2 * 128 * 10
+    assert passed_over < 128 * 10
 
 
 def test_files_that_can_be_read_from_anywhere_are_many_small_tasks():

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from configs.load import ConfigError, load_pretrain
 from configs.schema import PretrainConfig
-from data_pipeline import build, mixture, show
+from data_pipeline import build_steps, mixture, show
 from data_pipeline.packing import packing_report
 from data_pipeline.samples import mixture_stages, open_samples
 from data_pipeline.shards import DataError, Dataset, open_dataset, write_manifest, write_shard
@@ -43,7 +43,7 @@ def config(tmp_path_factory) -> Path:
         f"  build:\n    sources: [{folder}/corpus.jsonl]\n    validation_fraction: 0.1\n    num_workers: 1\n"
         f"    tokenizer: {{vocab_size: 300}}\n    shard_tokens: 10000\n"
     )
-    build.build(load_pretrain(folder / "config.yaml"), Console(quiet=True))
+    build_steps.build(load_pretrain(folder / "config.yaml"), Console(quiet=True))
     return folder / "config.yaml"
 
 
