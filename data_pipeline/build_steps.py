@@ -154,8 +154,8 @@ def make(
             loading = aside.submit(passes.load_for_report, plan)
             do_parts(plan, "tokenize", passes.token_parts, plan.tokens, run, num_workers, progress)
             corpus.refuse_changed()
-            tokenizer = loading.result()
-            reporting = aside.submit(passes.report_tokenizer, plan, tokenizer)
+            tokenizer, write_report = loading.result()
+            reporting = aside.submit(write_report)
             make_shards(plan, tokenizer.get_vocab_size(), run, progress)
             reporting.result()
         return plan, tokenizer

@@ -33,7 +33,7 @@ from data_pipeline.parts import SPLITS, Plan, fields_of, load_plan
 from data_pipeline.shards import token_dtype, write_shard, writing
 from data_pipeline.sources import Document, scan
 from data_pipeline.tally import Tally
-from data_pipeline.tokenizer_report import tokenizer_report
+from data_pipeline.tokenizer_report import prepare_report
 
 BATCH_CHARACTERS = 1 << 20  # text that is compared or tokenized at once
 REPORTED_CHARACTERS = 1 << 19  # the tokenizer's report is of about that much text,
@@ -158,21 +158,22 @@ def assemble_shard(
     return entry["tokens"]
 
 
-def load_for_report(plan: Plan) -> Tokenizer:
-    """Load what is needed after the tokens are there, while workers make them; returns the plan's tokenizer."""
-    if not plan.tokenizer_report.exists():
-        load_model()
-        _encoder_of(plan)
-    return tokenizers.load_tokenizer(plan.tokenizer_dir)
+def load_for_report(plan: Plan) -> tuple[Tokenizer, Callable[[], None]]:
+    """The plan's tokenizer, and a function that writes how it fits the samples of the training text, by language.
 
+    All that does not depend on the text is loaded now, while workers tokenize.
+    """
+    tokenizer = tokenizers.load_tokenizer(plan.tokenizer_dir)
+    if plan.tokenizer_report.exists():
+        return tokenizer, lambda: None
+    load_model()
+    report = prepare_report(tokenizer, _encoder_of(plan)[0])
 
-def report_tokenizer(plan: Plan, tokenizer: Tokenizer) -> None:
-    """Write how the plan's tokenizer fits the samples of the training text, by language."""
-    if not plan.tokenizer_report.exists():
+    def write_report() -> None:
         texts = (text for number in plan.sampled for text in read_index(plan.tokens(number))["sample"])
-        labelled = ((identify(text)[0], text) for text in texts)
-        encode, _ = _encoder_of(plan)
-        write_json(plan.tokenizer_report, tokenizer_report(tokenizer, labelled, encode))
+        write_json(plan.tokenizer_report, report((identify(text)[0], text) for text in texts))
+
+    return tokenizer, write_report
 
 
 def shard_entry(plan: Plan, split_name: str, number: int) -> Path:
