@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,14 +26,15 @@ from data_pipeline.remote_sources import is_remote
 from data_pipeline.samples import Samples, mixture_stages, open_samples, tokens_before
 from data_pipeline.shards import Dataset, verify_dataset
 from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer_report import show_tokenizer_report
 
 USAGE = """\
 usage: millstream data inspect DIR|CONFIG [documents=2] [seq_len=N] [picture=FILE.png]
        millstream data head DIR [documents=5]
        millstream data verify DIR
 
-  inspect  sizes, lengths of documents, some documents; with seq_len what both packings would do. Of a configuration
-           also its mixture; further words are settings, as for pretrain
+  inspect  sizes, lengths of documents, how the tokenizer fits, some documents; with seq_len what both packings would
+           do. Of a configuration also its mixture; further words are settings, as for pretrain
   head     the first documents, whole
   verify   compare every byte with its checksum"""
 BAR_WIDTH = 30  # characters of the longest bar
@@ -88,6 +90,7 @@ def inspect(place: str, words: list[str], console: Console) -> None:
         show_lengths(label, dataset, console)
     for seq_len in seq_lens:
         show_packing(shown, seq_len, console)
+    show_tokenizers(shown, console)
     if chosen["picture"]:
         draw_lengths(shown, Path(chosen["picture"]))
         console.print(f"{chosen['picture']} shows the lengths\n", soft_wrap=True)
@@ -232,6 +235,18 @@ def draw_lengths(datasets: dict[str, Dataset], file: Path) -> None:
     except (OSError, ValueError) as error:  # ValueError: a kind of picture that matplotlib does not know
         raise DataError(f"picture={file}: cannot be written ({error}); name a .png or .svg file") from error
     pyplot.close(figure)
+
+
+def show_tokenizers(datasets: dict[str, Dataset], console: Console) -> None:
+    """How each tokenizer fits the text that it was used for, by language, where the build has left its report."""
+    shown: list[object] = []  # both splits have the same one
+    for dataset in datasets.values():
+        file = dataset.path / "stages.json"
+        report = json.loads(file.read_bytes()).get("tokenizer") if file.is_file() else None
+        if report and report not in shown:
+            shown.append(report)
+            show_tokenizer_report(report, console)
+            console.print()
 
 
 def show_packing(datasets: dict[str, Dataset], seq_len: int, console: Console) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -129,7 +130,8 @@ def _count(
 
 def show_tokenizer_report(report: dict[str, Any], console: Console) -> None:
     """Print a report of `tokenizer_report`: the labels with most text, then all together."""
-    table = Table("text", "MB", "bytes/token", "tokens/word", "unknown", "failed round trips", "vocabulary used")
+    columns = ("language", "MB", "bytes/token", "tokens/word", "unknown", "failed round trips", "vocabulary used")
+    table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
     for column in table.columns[1:]:
         column.justify = "right"
     labels = sorted(report["labels"].items(), key=lambda item: -item[1]["bytes"])

@@ -174,6 +174,25 @@ def test_finished_parts_are_not_done_again(corpus, small_parts, monkeypatch):
         make(corpus)
 
 
+def test_finished_shards_are_not_done_again(corpus, small_parts, monkeypatch):
+    real, calls = build_steps.passes.assemble_shard, []
+
+    def assemble(work, split, number, *args):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append((split, number))
+        return real(work, split, number, *args)
+
+    monkeypatch.setattr(build_steps.passes, "assemble_shard", assemble)
+    with pytest.raises(KeyboardInterrupt):
+        make(corpus, "data.build.shard_tokens=2000")
+    first, calls[:] = list(calls), []
+    monkeypatch.setattr(build_steps.passes, "assemble_shard", lambda *args: calls.append(args[1:3]) or real(*args))
+    root = make(corpus, "data.build.shard_tokens=2000")
+    shards = [(split, number) for split in parts.SPLITS for number in range(len(open_dataset(root / split).shards))]
+    assert len(first) == 3 and first + calls == shards
+
+
 def test_changed_sources_start_an_interrupted_build_over(corpus, small_parts, monkeypatch):
     def disturbed(*args):
         raise KeyboardInterrupt

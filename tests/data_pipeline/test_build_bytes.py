@@ -172,6 +172,9 @@ def test_bytes_do_not_depend_on_the_number_of_workers_and_numbers_agree(corpus, 
         assert all(found["stages"][name]["dropped"] for name in ("language", "quality", "decontaminate"))
         assert all(found["stages"][name]["changed"] for name in ("html", "mojibake", "pii"))
         assert found["duplicates"]["exact"] > 20 and found["duplicates"]["near"] > 10
+        assert all(found["duplicates"]["examples"][kind] for kind in ("exact", "near"))
+    for tally in found["stages"].values():
+        assert all(tally["examples"][reason] for reason in tally["dropped"])
 
 
 def test_bytes_do_not_depend_on_where_the_dataset_is_built(corpus, tmp_path):

@@ -150,6 +150,13 @@ def test_inspect_reports_both_packings(config):
     assert "rows of" not in printed(show.inspect, str(config.parent / "data"), ["documents=0"])
 
 
+def test_inspect_says_once_how_the_tokenizer_fits(config):
+    text = printed(show.inspect, str(config.parent / "data"), ["documents=0"])
+    report = json.loads((config.parent / "data/train/stages.json").read_text())["tokenizer"]
+    assert text.count(f"tokenizer: BPE, {report['vocab_size']} tokens") == 1
+    assert f"0 of {report['all']['texts']:,}" in text and f" {report['all']['tokens_per_word']:.2f} " in text
+
+
 def test_picture_is_drawn(config, tmp_path):
     from matplotlib import image
 
