@@ -37,6 +37,7 @@ setup(
         "safetensors",
         "pydantic>=2",
         "pyyaml",
+        "packaging",
         "rich",
         "tensorboard",
         "matplotlib",

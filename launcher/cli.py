@@ -37,6 +37,8 @@ usage: millstream VERB CONFIG [key=value ...]
   status RUN_DIR ...           does it run, how far is it, how did it end; of several runs a table
   logs RUN_DIR                 the first failing rank's traceback, then all ranks' logs; --rank N, --follow
   stop RUN_DIR                 finish the step, save, end, under any launcher; --now: at once
+  doctor [FOLDER]              checks this machine for a run; --hosts FILE: those of a hostfile, --slurm [srun options]:
+                               nodes of SLURM, with the links between them and FOLDER, which they should share
   config CONFIG [key ...]      effective values and where each comes from; --deepspeed: the generated JSON
 
   --ranks N                    processes on this machine for pretrain, finetune and config --deepspeed
@@ -97,6 +99,10 @@ def dispatch(words: list[str]) -> int:
             from launcher.replay import replay
 
             return replay(place, step, rest, num_ranks)
+        case ["doctor", *rest]:
+            from launcher.doctor import doctor
+
+            return doctor(rest)
         case ["export", *rest] if rest:
             return run_module("pretrain.export", rest)
         case ["status" | "logs" | "stop", *_]:
