@@ -6,13 +6,16 @@ A file is a `PretrainConfig` or, when it has the key `task`, a `FinetuneConfig`.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]  # dropout: 1.0 would erase everything
+DURATION = re.compile(r"\d+(\.\d+)?[smhd]")
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Section(BaseModel):
@@ -224,7 +227,8 @@ class BatchRampConfig(Section):
 
 
 class TrainConfig(Section):
-    num_steps: PositiveInt = 1000  # optimizer steps
+    num_steps: PositiveInt = 1000  # optimizer steps; with a budget, at most so many
+    budget: str | None = None  # wall-clock time of the whole run, resumes included: 24h, 90m, 3600s; see budget.py
     seq_len: PositiveInt = 1024  # in tokens
     phases: list[PhaseConfig] = []  # later changes of seq_len, in order of their steps
     global_batch_size: PositiveInt = 64  # in samples, over all ranks and accumulation steps
@@ -237,6 +241,17 @@ class TrainConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     seed: Annotated[int, Field(ge=0)] = 1234
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest valid checkpoint of run_dir
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget_is_a_duration(cls, value: Any) -> Any:
+        if value is not None and (not DURATION.fullmatch(str(value)) or not float(str(value)[:-1])):
+            raise ValueError("expected a number and its unit, as in 24h, 90m or 3600s")
+        return value
+
+    @property
+    def budget_seconds(self) -> float | None:
+        return None if self.budget is None else float(self.budget[:-1]) * SECONDS[self.budget[-1]]
 
     @property
     def longest_seq_len(self) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from configs.schema import PretrainConfig, TrainConfig
+from configs.schema import PretrainConfig
 
 REFERENCE, FP64, BF16 = "reference", "reference in float64", "reference in bf16"
 Changes = Mapping[str, Any]  # dotted key of the configuration -> value
@@ -76,7 +76,8 @@ def base_settings(config: PretrainConfig, num_ranks: int, num_steps: int) -> dic
         "data.num_workers": 0,
         "zero.stage": 0,
         "deepspeed": {},
-        **{f"train.{key}": None for key in ("batch_ramp", "budget") if key in TrainConfig.model_fields},
+        "train.batch_ramp": None,
+        "train.budget": None,
     }
 
 

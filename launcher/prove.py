@@ -3,8 +3,8 @@
 Real runs of the first steps, in a temporary directory beside run_dir, which itself is not touched. One is undisturbed
 until it is killed at the end. What it has left behind, up to the checkpoint in the middle, is resumed by two others: at
 the same number of ranks, and at another one. What another number of ranks changes by itself is measured by a fourth,
-undisturbed one. They differ from the user's run in when they save, in how little they evaluate and in log.trace:
-num_steps stays, it is the length of the learning-rate schedule.
+undisturbed one. They differ from the user's run in when they save, in how little they evaluate, in log.trace and in
+having no wall-clock budget: num_steps stays, it is the length of the learning-rate schedule.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ def run_and_compare(
         "checkpoint.local_dir=null",
         "checkpoint.keep_last=1000",
     ]
-    own += ["eval.num_samples=1", f"eval.every_steps={config.train.num_steps}"]
+    own += ["train.budget=null", "eval.num_samples=1", f"eval.every_steps={config.train.num_steps}"]
     words = ["--config", file, *overrides, *own]
+    if config.train.budget is not None:
+        print("train.budget is left out: with it the rate follows the clock, and no two runs are equal", flush=True)
 
     undisturbed, resumed, elsewhere, anew = (folder / name for name in ("undisturbed", "resumed", "elsewhere", "anew"))
     run_to(num_steps, words, undisturbed, ranks)

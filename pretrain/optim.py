@@ -105,26 +105,27 @@ def longest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(1 for _ in item[1].parameters()))
 
 
-def learning_rate(step: int, num_steps: int, peak: float, schedule: ScheduleConfig) -> float:
+def learning_rate(step: int, num_steps: int, peak: float, schedule: ScheduleConfig, time_share: float = 0.0) -> float:
     """The rate of the update from `step` to `step + 1`, 0 <= step < num_steps.
 
     It rises linearly to the peak over warmup_steps, then follows the schedule from the peak to final_share of it, which
     the last step reaches: cosine (Loshchilov and Hutter 2017), linear, wsd (stable, then linear over the last
     decay_steps; Hu et al. 2024), constant. inverse_sqrt is peak x sqrt(warmup_steps / (step + 1)) (Vaswani et al. 2017,
     section 5.3), at least final_share of the peak; with decay_steps it too falls to that over the last of them, the
-    linear factor of Zhai et al. 2022.
+    linear factor of Zhai et al. 2022. What falls to the end does so by the steps or by `time_share`, the share of a
+    wall-clock budget that is spent, whichever is further; warmup and inverse_sqrt always count steps.
     """
     warmup, decay = schedule.warmup_steps, schedule.decay_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
+    rising = peak * (step + 1) / warmup if step < warmup else peak
     stable, start = 1.0, warmup
     if schedule.type == "wsd":
         start = max(start, num_steps - (decay or max(1, num_steps // 10)))
     elif schedule.type == "inverse_sqrt":
-        stable = max(schedule.final_share, math.sqrt(warmup / (step + 1)))
+        stable = max(schedule.final_share, math.sqrt(warmup / max(warmup, step + 1)))
         start = max(start, num_steps - decay) if decay else num_steps
-    if schedule.type == "constant" or step < start:
-        return peak * stable
-    progress = (step - start) / max(1, num_steps - 1 - start)
+    position = max(step, time_share * (num_steps - 1))
+    if schedule.type == "constant" or position < start:
+        return min(rising, peak * stable)
+    progress = (position - start) / max(1, num_steps - 1 - start)
     remaining = 1 - progress if schedule.type != "cosine" else (1 + math.cos(math.pi * progress)) / 2
-    return peak * (schedule.final_share + (stable - schedule.final_share) * remaining)
+    return min(rising, peak * (schedule.final_share + (stable - schedule.final_share) * remaining))

@@ -113,9 +113,22 @@ def fill(
     if reached == step or not is_exact:
         return batch, origin if reached == step else f"{origin}, {step - reached} steps earlier"
     say(f"making {step - reached} steps again, from step {reached}")
-    for earlier in range(reached, step):
-        train_step(config, model, data, earlier, ranks, passed_over=state.passed_over)
+    for earlier, share in zip(range(reached, step), shares_of_steps(config, reached, step), strict=True):
+        train_step(config, model, data, earlier, ranks, share, state.passed_over)
     return batch, f"{origin}, {step - reached} steps made again from there"
+
+
+def shares_of_steps(config: PretrainConfig, first: int, last: int) -> list[float]:
+    """`train_step`'s time_share in the steps from `first` to before `last`: with a budget as metrics.jsonl has them."""
+    if config.train.budget is None:
+        return [0.0] * (last - first)
+    logged = {line["step"]: line["time_share"] for line in read_metrics(Path(config.run_dir)) if "time_share" in line}
+    if missing := [step + 1 for step in range(first, last) if step + 1 not in logged]:
+        raise ConfigError(
+            f"{config.run_dir}/metrics.jsonl has no time_share of step {missing[0]}, and with train.budget the rate of "
+            f"a step follows the clock; give exact=false to take the weights of the checkpoint before it"
+        )
+    return [logged[step + 1] for step in range(first, last)]
 
 
 def batches_of_step(run_dir: Path, data: Stream, batch: int, ranks: Runtime) -> tuple[list[Batch], str]:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -60,6 +60,12 @@ class Runtime:
     def any(self, *flags: bool) -> list[bool]:
         """For each flag whether it is set on some rank; every rank gets the same answers."""
         return [number > 0 for number in self.sum(torch.tensor([int(flag) for flag in flags])).tolist()]
+
+    def agree(self, numbers: Sequence[float], *flags: bool) -> tuple[list[float], list[bool]]:
+        """Rank 0's `numbers`, and for each flag whether it is set on some rank; the same on every rank, in one sum."""
+        of_first = numbers if self.is_first else [0.0] * len(numbers)
+        totals = self.sum(torch.tensor([*of_first, *map(float, flags)], dtype=torch.float64)).tolist()
+        return totals[: len(numbers)], [total > 0 for total in totals[len(numbers) :]]
 
     def barrier(self) -> None:
         dist.barrier()

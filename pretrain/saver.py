@@ -45,11 +45,14 @@ class Writing(threading.Thread):
         self.path, self.make = path, make
         self.entry: dict[str, Any] | None = None
         self.problem: str | None = None
+        self.seconds = 0.0
 
     def run(self) -> None:
+        began = time.perf_counter()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.entry = self.make(self.path)
+            self.seconds = time.perf_counter() - began
         except Exception as error:  # whatever it is, the other ranks have to hear of it
             self.problem = _described(error)
             self.path.unlink(missing_ok=True)  # at once: the room on a full disk is needed for the run's other files
@@ -82,6 +85,7 @@ class Saver:
         self._host: dict[tuple[str, str], torch.Tensor] = {}
         self._waited = 0.0
         self._count = byte_counter(ring_path(run_dir, runtime.rank))
+        self._longest: dict[Path, float] = {}  # seconds of this rank's writes, by where they went
         self.uploader = Uploader(run_dir, config.upload) if config.upload and runtime.is_first else None
 
     @property
@@ -125,6 +129,11 @@ class Saver:
         waited, self._waited = self._waited, 0.0
         return {"save_wait_seconds": waited} if waited else {}
 
+    @property
+    def write_seconds(self) -> float:
+        """How long a save went on behind the steps, at most so far, until it was in the run directory."""
+        return sum(self._longest.values()) if self.config.background else 0.0
+
     def finish(self) -> None:
         """Wait for all that goes on, until it is a checkpoint in the run directory; every rank calls it.
 
@@ -165,9 +174,6 @@ class Saver:
             return
         if self._copying and self._copying.state.step == save.state.step:  # after a rollback: it would be replaced
             self._finish_copying()
-        # The nodes' manifests have to be the same, and each rank has counted the seconds by its own clock.
-        states: list[Any] = self.runtime.gather(save.state)
-        save.state = states[0]
         self._commit(save, self.runtime.local_rank == 0)
         if self._to_copy and self._must_stay(self._to_copy):
             self._finish_copying()  # which begins with this one, and leaves room for the new one
@@ -198,6 +204,7 @@ class Saver:
         """Wait for this rank's file and for what the others say of theirs; the rank whose `is_mine` is set ends it."""
         self.runtime.mark("save", save.state.step)
         save.thread.join()
+        self._longest[save.root] = max(self._longest.get(save.root, 0.0), save.thread.seconds)
         told = (save.thread.path.name, save.thread.entry, save.layout, save.thread.problem)
         written: list[Any] = self.runtime.gather(told)
         self._agree(save, [problem for *_, problem in written], is_mine)

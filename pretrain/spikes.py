@@ -112,7 +112,9 @@ def go_back(
         raise guard.GuardStop(text)
     before = load(found, config, model, data, say)
     num_batches = max(config.guard.spike_skip_batches, state.step - before.step)
-    after = replace(before, passed_over=(*before.passed_over, (before.batch, num_batches)), seconds=state.seconds)
+    after = replace(before, passed_over=(*before.passed_over, (before.batch, num_batches)))
+    # Time does not go back.
+    after = replace(after, seconds=state.seconds, step_seconds=state.step_seconds, end_seconds=state.end_seconds)
     text = (
         f"went back from step {state.step} to {before.step}, passing over {num_batches} batches from number "
         f"{before.batch} on; {num_times} of guard.spike_rollback_limit={limit}"

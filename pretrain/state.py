@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 # Checkpoints from before have no such values.
-ADDED_LATER = frozenset({"recent_losses", "passed_over", "skipped_in_a_row", "step_seconds", "end_seconds"})
+ADDED_LATER = frozenset(
+    {"recent_losses", "passed_over", "skipped_in_a_row", "step_seconds", "end_seconds", "time_share"}
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class TrainState:
     seconds: float = 0.0  # of the run's wall-clock time, over all resumes, by rank 0's clock
     step_seconds: float = 0.0  # what the longest of the newest steps took; budget.py goes by it
     end_seconds: float = 0.0  # what an evaluation and a save take at most, as far as known
+    time_share: float = 0.0  # of the schedule in the newest step, by a wall-clock budget; see budget.py
     eval_loss: float | None = None  # of the newest evaluation; checkpoint.keep_best goes by it
     skipped_in_a_row: int = 0  # the newest steps, if they had no update; guard.non_finite_limit goes by it
     recent_losses: tuple[float, ...] = ()  # of the newest steps, while guard.spike_sigmas looks for spikes

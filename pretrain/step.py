@@ -30,10 +30,12 @@ def train_step(
     data: Stream,
     step: int,
     ranks: Runtime,
+    time_share: float = 0.0,
     passed_over: Sequence[tuple[int, int]] = (),
 ) -> dict[str, float]:
     """One optimizer step, from `step` to `step + 1`; returns its line for metrics.jsonl.
 
+    time_share: of the schedule, by a wall-clock budget; see budget.py.
     passed_over: batches that the run does not see, see `TrainState`; the line then has the number of its `batch`.
 
     A loss or gradient that is not finite leaves the model as it was; the line then has `skipped`.
@@ -45,7 +47,7 @@ def train_step(
         sample_ids = data.samples.sample_ids(number, ranks.rank, ranks.world_size)
         write_trace(Path(config.run_dir), ranks.rank, step + 1, sample_ids)
     train = config.train
-    lr = learning_rate(step, train.num_steps, train.optimizer.lr, train.schedule)
+    lr = learning_rate(step, train.num_steps, train.optimizer.lr, train.schedule, time_share)
     engine.set_lr(model, lr)
     model.train()
 
@@ -69,6 +71,7 @@ def train_step(
         "tokens": after,
         "tokens_per_second": (after - before) / seconds,
         "step_seconds": seconds,
+        **({"time_share": time_share} if train.budget is not None else {}),
         **({"batch": number} if passed_over else {}),
         **({} if is_updated else {"skipped": 1}),
     }

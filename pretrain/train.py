@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from configs.load import ConfigError, dump, load_pretrain
 from configs.schema import PretrainConfig
 from data_pipeline.shards import DataError
 from data_pipeline.stream import Stream, open_stream
-from pretrain import checkpoint, engine, guard, local_copies, runtime, sanity, spikes, upload
+from pretrain import budget, checkpoint, engine, guard, local_copies, runtime, sanity, spikes, upload
 from pretrain.checkpoint import CheckpointError
 from pretrain.load import facts, load
 from pretrain.metrics import open_metrics
@@ -52,6 +53,7 @@ def main() -> int:
 
 def train(config: PretrainConfig, ranks: Runtime) -> int:
     """Train to the last step or a stop request, from the newest checkpoint if there is one; returns the exit code."""
+    began = time.monotonic()
     data, validation = open_stream(config, "train"), open_stream(config, "validation")
     run_dir = prepare_run_dir(config, data, ranks)
     runtime.seed_all(config.train.seed)
@@ -68,15 +70,16 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
         open_metrics(run_dir, state.step, config.train.num_steps, config.log, ranks.is_first) as metrics,
         open_saver(run_dir, config.checkpoint, ranks) as saver,
     ):
+        clock = budget.start_clock(config, began, state)
         if state.step == 0:
             metrics.log(evaluated := evaluate(config, model, validation, state.step, ranks))
             sanity.check_first_loss(model, evaluated)
             state = replace(state, eval_loss=evaluated["eval_loss"])
-        while state.step < config.train.num_steps:
-            line = train_step(config, model, data, state.step, ranks, state.passed_over)
+        while not budget.is_finished(config, state):
+            share = budget.time_share(config, state)
+            line = train_step(config, model, data, state.step, ranks, share, state.passed_over)
             metrics.log(line | saver.waits())
-            seconds = state.seconds + line["step_seconds"]
-            state = replace(guard.after_step(state, line), seconds=seconds)
+            state = guard.after_step(state, line)
             if "skipped" in line:
                 guard.note_skipped(run_dir, line, state, data, ranks)
                 guard.stop_if_hopeless(config, state, model, data, run_dir, ranks)
@@ -84,9 +87,11 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
                 state, went_back = spikes.watch(config, model, data, state, line["loss"], saver, metrics, ranks)
                 if went_back:
                     continue
-            is_stopped, *flags = ranks.any(stop.is_asked, *saver.flags)
+            times = clock.read(line["step_seconds"], saver.write_seconds)
+            times, (is_stopped, *flags) = ranks.agree(times, stop.is_asked, *saver.flags)
+            state = budget.at(config, state, times, share)
             saver.hear(*flags)
-            last = state.step == config.train.num_steps or is_stopped
+            last = budget.is_finished(config, state) or is_stopped
             if last or state.step % config.eval.every_steps == 0:
                 metrics.log(evaluated := evaluate(config, model, validation, state.step, ranks))
                 state = replace(state, eval_loss=evaluated["eval_loss"])
@@ -97,10 +102,9 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
     ranks.mark("end", state.step)
     if ranks.is_first:
         write_report(run_dir)
-        if state.step < config.train.num_steps:
+        if not budget.is_finished(config, state):
             print(f"stopped at step {state.step}, which is saved; the same command goes on from it")
-    finished = state.step == config.train.num_steps
-    exit_code = 0 if finished else stop.exit_code(ranks)
+    exit_code = 0 if budget.is_finished(config, state) else stop.exit_code(ranks)
     ranks.barrier()  # a rank that leaves while another still works takes the connection with it
     data.close()
     engine.close(model)
