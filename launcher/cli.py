@@ -25,7 +25,7 @@ usage: millstream VERB CONFIG [key=value ...]
   data export arrow DIR OUT    a dataset directory -> one that `datasets` loads
   plan CONFIG --gpus N --gpu h100-80g
                                memory, time and cost before a run: [--nodes N] [--network NAME] [--price DOLLARS]
-                               --fit: choose micro batch, ZeRO stage, checkpointing
+                               --fit: choose micro batch, ZeRO stage, checkpointing; --probe: measure this machine
   plan table --gpu NAME        the smallest cluster for each size from 124M to 175B
   pretrain CONFIG              train; goes on from the newest checkpoint of run_dir
   prove loss CONFIG            ranks, ZeRO stages, packing, kernels, precision ... against plain float32 (steps=4)

@@ -87,13 +87,13 @@ def make_plan(job: Job, cluster: Cluster, probe: Probe | None = None, saves_befo
     return Plan(job, cluster, found, probed_step_time(job, cluster, probe), True)
 
 
-def fit(job: Job, cluster: Cluster, probe: Probe | None = None, saves_before_end: bool = True) -> Plan:
+def fit(job: Job, cluster: Cluster, saves_before_end: bool = True) -> Plan:
     """The fastest plan that fits: micro batch, ZeRO stage and checkpointing are chosen, the global batch stays.
 
     Of plans within two percent the one at the lowest stage, with the smallest micro batch. Raises ConfigError where
     nothing fits, with what the smallest one would need.
     """
-    plans = [make_plan(choice, cluster, probe, saves_before_end) for choice in choices(job)]
+    plans = [make_plan(choice, cluster, None, saves_before_end) for choice in choices(job)]
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         least = min(plans, key=lambda plan: plan.memory.total)

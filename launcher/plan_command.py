@@ -16,7 +16,7 @@ from launcher.plan_job import Job, count_parameters, make_cluster, make_job
 from launcher.plan_memory import PARTS
 
 FLAGS = ("--gpus", "--gpu", "--nodes", "--network", "--price")
-SWITCHES = ("--fit",)
+SWITCHES = ("--fit", "--probe")
 TRAINED = ("byte_bpe", "wordpiece", "unigram")  # tokenizers that get the vocabulary they are asked for
 DAYS = 24
 
@@ -45,8 +45,12 @@ def plan(words: list[str]) -> int:
     vocab_size, source = vocabulary(config)
     job = make_job(config, vocab_size, num_gpus)
     saves = config.checkpoint.every_steps < config.train.num_steps
-    probe = None
-    made = (fit if "--fit" in switches else make_plan)(job, cluster, probe, saves)
+    made = fit(job, cluster, saves) if "--fit" in switches else make_plan(job, cluster, None, saves)
+    if "--probe" in switches:
+        from launcher.plan_measure import measure
+
+        probe = measure(rest[0], rest[1:], made.job, cluster.gpu.is_cpu)
+        made = make_plan(made.job, cluster, probe, saves)
     print(describe(made, values.get("--gpu", "h100-80g"), network_name, source, saves))
     if "--fit" in switches:
         print(f"\n{words_of(made.job)}")

@@ -116,8 +116,12 @@ def gather_seconds(
         return 0.0
     link = (n - 1) / n * num_bytes / (cluster.gpu.link_bandwidth * LINK_SHARE) if gpus_per_node > 1 else 0.0
     between = (num_nodes - 1) / num_nodes * num_bytes / (cluster.network.bandwidth * LINK_SHARE)
-    latency = _messages(gpus_per_node) * LINK_LATENCY + _messages(num_nodes) * cluster.network.latency
-    return max(link, between) + num_collectives * latency
+    return max(link, between) + num_collectives * exchange_latency(gpus_per_node, num_nodes, cluster)
+
+
+def exchange_latency(gpus_per_node: int, num_nodes: int, cluster: Cluster) -> float:
+    """Seconds that the messages of one collective take if they are empty."""
+    return _messages(gpus_per_node) * LINK_LATENCY + _messages(num_nodes) * cluster.network.latency
 
 
 def _messages(size: int) -> float:

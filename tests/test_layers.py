@@ -25,6 +25,7 @@ ENTRY_FILES = {
     "data_pipeline.show",
     "pretrain.train",
     "pretrain.export",
+    "pretrain.probe",
     "pretrain.replay",
     "finetune.run",
     "launcher.cli",
@@ -43,6 +44,7 @@ PURE = {
     "launcher.plan_memory",
     "launcher.plan_time",
     "launcher.plan_probe",
+    "launcher.plan_scale",
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 SHADOWING = {"logging", "datasets", "evaluate", "tokenizers", "random", "types", "json"}

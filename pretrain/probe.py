@@ -1,0 +1,156 @@
+"""A few steps of a configuration with few layers, timed, for `millstream plan --probe`, which starts it.
+
+What is timed is the run's own `train_step`, on the configuration's dataset where it is there, else on random tokens.
+Words beside the configuration: layers=N (tiny before it: a model of nearly no size, for what a process has without
+one), accumulations=1,2, seconds=S (for each), vocab_size=N, out=FILE.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs.deepspeed_json import deepspeed_json
+from configs.load import ConfigError, load_pretrain
+from configs.schema import PretrainConfig
+from data_pipeline.shards import DataError, write_manifest, write_shard
+from data_pipeline.stream import open_stream
+from pretrain import engine, runtime
+from pretrain.metrics import open_tensorboard
+from pretrain.models import build_model
+from pretrain.runtime import Runtime
+from pretrain.step import train_step
+
+WARMUP_STEPS, LEAST_STEPS = 2, 3
+OWN_WORDS = ("layers", "tiny", "accumulations", "seconds", "vocab_size", "out")
+TINY = {"num_layers": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16}
+DOCUMENT_TOKENS = 300  # of the random dataset: several documents in a row, as in most
+
+
+def main() -> int:
+    file, words = runtime.launch_arguments(__doc__.splitlines()[0])
+    own = dict(word.split("=", 1) for word in words if word.partition("=")[0] in OWN_WORDS)
+    try:
+        config = load_pretrain(file, [word for word in words if word.partition("=")[0] not in own])
+        ranks = runtime.start()
+        measured = measure(config, own, ranks)
+    except (ConfigError, DataError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if ranks.is_first:
+        Path(own["out"]).write_text(json.dumps(measured), encoding="utf-8")
+    return 0
+
+
+def measure(config: PretrainConfig, own: dict[str, str], ranks: Runtime) -> dict[str, Any]:
+    """`context_bytes` and, of the asked depth, `peak_bytes`, each of the largest rank; median `seconds` of steps.
+
+    Every rank calls it. Raises ConfigError for a BERT without a dataset: its masks need the tokenizer.
+    """
+    folder = Path(own["out"]).parent / "random-tokens"
+    config = on_some_data(config, int(own["vocab_size"]), folder, ranks)
+    if ranks.is_first and config.log.tensorboard:  # as in a run: it takes 60 MB
+        open_tensorboard(Path(tempfile.mkdtemp(dir=folder.parent)), 0).close()
+    found: dict[str, Any] = {}
+    if "tiny" in own:
+        timed(with_values(config, ranks, TINY, 1), ranks, 0.0)
+        found["context_bytes"] = largest(context_bytes(ranks.device), ranks)
+    layers, seconds = int(own["layers"]), float(own["seconds"])
+    for accumulation in own["accumulations"].split(","):
+        deep = with_values(config, ranks, {"num_layers": layers}, int(accumulation))
+        found[f"seconds_{accumulation}"] = largest(timed(deep, ranks, seconds), ranks)
+    found["peak_bytes"] = largest(peak_bytes(ranks.device), ranks)
+    return found
+
+
+def on_some_data(config: PretrainConfig, vocab_size: int, folder: Path, ranks: Runtime) -> PretrainConfig:
+    """The configuration on its own dataset, or on one of random tokens that rank 0 makes in `folder`."""
+    if config.data.mixture or (Path(config.data.dir) / "train" / "manifest.json").exists() or "://" in config.data.dir:
+        return config
+    if config.model.architecture == "bert":
+        raise ConfigError(f"data.dir={config.data.dir}: no dataset; BERT's masking needs its tokenizer to be probed")
+    if ranks.is_first:
+        shutil.rmtree(folder, ignore_errors=True)
+        train = config.train
+        wanted = 16 * train.micro_batch_size * ranks.world_size * (train.longest_seq_len + 1)
+        lengths = np.full(-(-wanted // DOCUMENT_TOKENS), DOCUMENT_TOKENS)
+        tokens = np.random.default_rng(0).integers(1, vocab_size, lengths.sum())
+        tokens[DOCUMENT_TOKENS - 1 :: DOCUMENT_TOKENS] = 0
+        (folder / "train").mkdir(parents=True)
+        entry = write_shard(folder / "train" / "shard-00000.tokens", [(tokens, lengths)], vocab_size)
+        write_manifest(folder / "train", [entry], vocab_size, "none", "random tokens")
+    ranks.barrier()
+    return config.model_copy(update={"data": config.data.model_copy(update={"dir": str(folder)})})
+
+
+def with_values(config: PretrainConfig, ranks: Runtime, model: dict[str, int], accumulation: int) -> PretrainConfig:
+    train = {
+        "global_batch_size": config.train.micro_batch_size * ranks.world_size * accumulation,
+        "seq_len": config.train.longest_seq_len, "phases": [], "batch_ramp": None,
+    }  # fmt: skip
+    changed = {
+        "model": config.model.model_copy(update=model),
+        "train": config.train.model_copy(update=train),
+        "guard": config.guard.model_copy(update={"verify_every_steps": None}),
+    }
+    return config.model_copy(update=changed)
+
+
+def timed(config: PretrainConfig, ranks: Runtime, seconds: float) -> float:
+    """Median seconds of a step, of as many as `seconds` allow; every rank does the same number."""
+    data = open_stream(config, "train")
+    runtime.seed_all(config.train.seed)
+    model = engine.initialize(
+        lambda: build_model(config.model, data.vocab_size, config.train.seq_len),
+        config.train.optimizer,
+        deepspeed_json(config, ranks.world_size),
+    )
+    steps: list[float] = []
+    began = time.perf_counter()
+    step, goes_on = 0, True
+    while goes_on:
+        line = train_step(config, model, data, step, ranks)
+        steps.append(line["step_seconds"])
+        step += 1
+        if step == WARMUP_STEPS:
+            began = time.perf_counter()
+        is_due = step < WARMUP_STEPS + LEAST_STEPS or time.perf_counter() - began < seconds
+        (goes_on,) = ranks.any(is_due and step < 500)
+    data.close()
+    engine.close(model)
+    return statistics.median(steps[WARMUP_STEPS:])
+
+
+def context_bytes(device: torch.device) -> float:
+    """Of this process, without a model's: what it has at most had resident; on a GPU what torch has not allocated."""
+    if device.type == "cpu":
+        return peak_bytes(device)
+    free, total = torch.cuda.mem_get_info(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return float(total - free - torch.cuda.memory_reserved(device))
+
+
+def peak_bytes(device: torch.device) -> float:
+    """The most this process has had resident; on a GPU the most that torch has allocated."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024.0 * float(status.split("VmHWM:")[1].split()[0])
+
+
+def largest(value: float, ranks: Runtime) -> float:
+    return max(float(str(other)) for other in ranks.gather(value))
+
+
+if __name__ == "__main__":
+    runtime.run(main)
