@@ -47,8 +47,10 @@ FORMATS = {  # ending of the name -> how to cut and how to read such a file
     ".parquet": (table_readers.scan_parquet, table_readers.read_parquet),
     ".warc": (warc_reader.scan_warc, warc_reader.read_warc),
     ".warc.gz": (warc_reader.scan_warc, warc_reader.read_warc),
+    ".warc.zst": (warc_reader.scan_warc, warc_reader.read_warc),
     ".wet": (warc_reader.scan_warc, warc_reader.read_warc),
     ".wet.gz": (warc_reader.scan_warc, warc_reader.read_warc),
+    ".wet.zst": (warc_reader.scan_warc, warc_reader.read_warc),
 }
 SUFFIXES = tuple(FORMATS)
 KNOWN = ", ".join(SUFFIXES)

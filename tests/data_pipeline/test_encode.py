@@ -6,6 +6,7 @@ import io
 import json
 import random
 import tracemalloc
+import unicodedata
 from collections.abc import Callable
 
 import numpy as np
@@ -152,10 +153,18 @@ def test_20_mb_of_english_and_all_languages_have_the_ids_of_tokenizers(shared_da
         check(read(shared_data / f"pretrain/{file}.jsonl.zst", num_bytes))
 
 
+def may_differ(code: int) -> bool:
+    """Every character but most of the 900,000 ideographs, private and unassigned ones, of which one is like another."""
+    kind = unicodedata.category(chr(code))
+    return (
+        code < 0x20000 or code % 16 == 0 or kind not in ("Lo", "Co", "Cn") or unicodedata.decomposition(chr(code)) != ""
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_character_of_unicode_has_the_ids_of_tokenizers(shared_data, name):
-    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+def test_all_kinds_of_characters_of_unicode_have_the_ids_of_tokenizers(shared_data, name):
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000 and may_differ(code)]
     parts = [characters[start : start + 4000] for start in range(0, len(characters), 4000)]
     check = checker(load_tokenizer(shared_data / "tokenizers" / name))
     check(["".join(f"a{c}a 1{c} {c}!" for c in part) for part in parts])
