@@ -98,7 +98,8 @@ def _run_executor(executor: Any, function: Callable[..., Any], tasks: Sequence[T
         futures = [executor.submit(function, *task) for task in tasks]
         # Python's pool looks for its workers' ends each time it is given something, before it starts a worker for that.
         # So without this it would not notice the end of the last one until another one has finished what it does.
-        executor.submit(os.getpid)
+        if len(futures) > 1:
+            executor.submit(os.getpid)
         for future in as_completed(futures):
             yield future.result()
     except BrokenExecutor as error:
