@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError
 from configs.load import load_pretrain
-from data_pipeline.engines import Run, abort_mpi, mpi_world_size, open_mpi, start_server
+from data_pipeline.engines import Run, abort_mpi, default_workers, mpi_world_size, open_mpi, start_server
 from data_pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def main() -> int:
             raise ConfigError("usage: millstream data build CONFIG [key=value ...]")
         config = load_pretrain(sys.argv[1], sys.argv[2:])
         if mpi_world_size() == 1:
-            if config.data.build.engine == "processes" and config.data.build.num_workers != 1:
+            if config.data.build.engine == "processes" and default_workers(config.data.build) > 1:
                 start_server()
             run(config)
             return 0

@@ -31,7 +31,7 @@ from data_pipeline.build_report import print_result, summary
 from data_pipeline.card import data_card
 from data_pipeline.corpus import Corpus, clear, find_corpus, make_plan
 from data_pipeline.dedupe import find_duplicates
-from data_pipeline.engines import Run, open_engine, run_here
+from data_pipeline.engines import Run, default_workers, open_engine, run_here
 from data_pipeline.language import load_model
 from data_pipeline.part_text import clean_text, write_json
 from data_pipeline.part_tokens import cut_shards
@@ -60,9 +60,7 @@ def build(config: PretrainConfig, console: Console, engine: tuple[Run, int] | No
                 progress.say(f"{root} is already built from these sources and settings")
                 clear(work)
                 return
-            num_workers = min(
-                settings.num_workers or len(os.sched_getaffinity(0)), most_workers(corpus.text_bytes, settings)
-            )
+            num_workers = min(default_workers(settings), most_workers(corpus.text_bytes, settings))
 
             def open_workers() -> Workers:
                 return open_engine(settings, work, num_workers) if engine is None else nullcontext(engine)

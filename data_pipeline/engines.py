@@ -23,7 +23,7 @@ from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import pairwise
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ def open_engine(settings: BuildConfig, work: Path, num_workers: int) -> Iterator
     else:
         with _open_processes(num_workers) as executor:
             yield partial(_run_executor, executor), num_workers
+
+
+def default_workers(settings: BuildConfig) -> int:
+    """As many as are asked for, or one a core."""
+    return settings.num_workers or len(os.sched_getaffinity(0))
 
 
 def mpi_world_size() -> int:
@@ -112,7 +117,13 @@ def start_server() -> None:
     It imports for 0.3 s what workers need; whatever is done here before the first task is not held up by that.
     """
     forkserver.set_forkserver_preload(["data_pipeline.passes"])
-    forkserver.ensure_running()
+    # a terminal sends Ctrl-C to all of its processes; while it imports, the server would answer with a traceback
+    resource_tracker.ensure_running()  # it would be started there, and let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -108,6 +108,19 @@ def test_killed_worker_of_datatrove_is_not_waited_for(tmp_path):
     assert not is_running(pid_in(tmp_path))
 
 
+def test_ctrl_c_while_the_server_of_the_workers_imports_shows_no_traceback_of_it():
+    code = (
+        "import time; from data_pipeline.engines import start_server; start_server(); print(flush=True); time.sleep(60)"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, process_group=0, text=True, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "\n"
+    time.sleep(0.05)  # Python has started by then, and imports
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=LONG_SECONDS / 2)
+    assert errors.count("Traceback") == 1  # this program's own
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_the_process_that_started_them_however_it_ends(tmp_path, end):
     program = (
