@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Literal
 
 FILE = "launch.json"
-Kind = Literal["local", "hosts", "slurm", "mpi"]
+# mpi and torchrun: another program started the ranks, and `pid` is that of rank 0
+Kind = Literal["local", "hosts", "slurm", "mpi", "torchrun"]
 
 
 @dataclass(frozen=True)

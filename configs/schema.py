@@ -312,6 +312,7 @@ class LaunchConfig(Section):
     stall_seconds: PositiveInt | None = 600  # a rank without a mark for so long ends the run with 124; none: never
     restarts: Annotated[int, Field(ge=0)] = 0  # of a run that failed, in a row without progress
     backoff_seconds: Annotated[float, Field(ge=0)] = 10.0  # before the first restart; each further one waits twice that
+    silence_seconds: Annotated[float, Field(ge=1)] = 20.0  # a host (--hosts) that is not heard for so long is gone
 
 
 class PretrainConfig(Section):

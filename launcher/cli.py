@@ -9,7 +9,11 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from launcher.restarts import Config
+    from launcher.started import Rank
 
 USAGE = """\
 millstream: raw text in, a pretrained GPT or BERT out, fine-tuned for the task at hand
@@ -43,8 +47,11 @@ usage: millstream VERB CONFIG [key=value ...]
 
   --ranks N                    processes on this machine for pretrain, finetune and config --deepspeed
                                (default: one per GPU, or one)
+  --hosts FILE                 pretrain and finetune on the hosts of a hostfile (lines `NAME slots=N`), over ssh
+  --launcher NAME              ssh, or deepspeed's pdsh, openmpi, mpich, impi instead
   key=value                    any setting, for example train.num_steps=500; see configs/schema.py
 """
+LAUNCHERS = ("ssh", "pdsh", "openmpi", "mpich", "impi")
 PACKAGES = ("configs", "data_pipeline", "pretrain", "finetune", "launcher")
 
 
@@ -125,26 +132,48 @@ def take_ranks(words: list[str]) -> tuple[list[str], int | None]:
     return words[:place] + words[place + 2 :], int(value)
 
 
-def start(module: str, config: str, overrides: list[str], num_ranks: int | None) -> int:
-    """Check the configuration here, before any process is started, then run `module` on all ranks."""
-    from configs.load import load
-    from launcher import restarts
-
-    loaded = load(config, overrides).config
-    refuse_to_start_many(module, config)
-    return restarts.run(module, ["--config", config, *overrides], loaded, num_ranks)
-
-
-def refuse_to_start_many(module: str, config: str) -> None:
-    """Raises ConfigError under mpirun or srun with several tasks: each would start a run in the same run_dir."""
+def take_hosts(words: list[str]) -> tuple[list[str], str | None, str]:
+    """Split off `--hosts FILE` and `--launcher NAME`; the name is "ssh" where none is given."""
     from configs.errors import ConfigError
 
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if (num_tasks := os.environ.get(name, "1")) != "1":
-            raise ConfigError(
-                f"{name}={num_tasks}: this command starts the ranks of one machine itself, and was started so many "
-                f"times; start the ranks with srun or mpirun instead: python -m {module} --config {config}"
-            )
+    words, found = list(words), {"--hosts": "", "--launcher": ""}
+    for flag in found:
+        if flag in words:
+            place = words.index(flag)
+            found[flag] = words[place + 1] if place + 1 < len(words) else ""
+            if not found[flag]:
+                raise ConfigError(f"{flag}: expected {'a hostfile' if flag == '--hosts' else 'a name'} after it")
+            del words[place : place + 2]
+    launcher, hostfile = found["--launcher"], found["--hosts"] or None
+    if launcher and launcher not in LAUNCHERS:
+        raise ConfigError(f"--launcher {launcher}: expected one of {', '.join(LAUNCHERS)}")
+    if launcher and not hostfile:
+        raise ConfigError(f"--launcher {launcher}: on which hosts? give --hosts FILE too")
+    return words, hostfile, launcher or "ssh"
+
+
+def start(module: str, config: str, overrides: list[str], num_ranks: int | None) -> int:
+    """Check the configuration here, before any process is started, then run `module` on all ranks.
+
+    A process that mpirun, srun or torchrun has started as one of a run's ranks becomes that rank.
+    """
+    from configs.errors import ConfigError
+    from configs.load import load
+    from launcher import restarts
+    from launcher.started import started_as_rank, started_on_nodes
+
+    overrides, hostfile, launcher = take_hosts(overrides)
+    loaded = load(config, overrides).config
+    words = ["--config", config, *overrides]
+    if hostfile:
+        return start_on_hosts(module, words, loaded, num_ranks, hostfile, launcher)
+    if rank := started_as_rank(os.environ):
+        if num_ranks:
+            raise ConfigError(f"--ranks {num_ranks}: what has started this process says how many ranks there are")
+        become_rank(module, words, Path(loaded.run_dir), rank)
+    if node := started_on_nodes(os.environ):
+        return restarts.run_on_node(module, words, loaded, num_ranks, node)
+    return restarts.run(module, words, loaded, num_ranks)
 
 
 def look_after(words: list[str]) -> int:
@@ -170,9 +199,40 @@ def look_after(words: list[str]) -> int:
     )
 
 
+def start_on_hosts(
+    module: str, words: list[str], config: Config, num_ranks: int | None, hostfile: str, launcher: str
+) -> int:
+    from configs.errors import ConfigError
+    from launcher import restarts
+    from launcher.deepspeed_launcher import run_by_deepspeed
+    from launcher.hosts import read_hostfile
+
+    hosts = read_hostfile(hostfile)
+    if num_ranks:
+        raise ConfigError(f"--ranks {num_ranks}: {hostfile} says how many ranks there are, with slots=N")
+    if launcher == "ssh":
+        return restarts.run(module, words, config, None, hosts)
+    return run_by_deepspeed(launcher, module, config, hosts)
+
+
+def become_rank(module: str, words: list[str], run_dir: Path, rank: Rank) -> NoReturn:
+    """Go on as this rank of the run; what it prints goes to its log file as well."""
+    from launcher.local import make_logs
+    from launcher.logs import begin_logs
+    from launcher.rank import become
+    from launcher.restarts import note_launch
+
+    if rank.number == 0:
+        note_launch(run_dir, rank.count, rank.kind)
+    begin_logs(make_logs(run_dir), 1, rank.number)
+    become(module, words, run_dir, rank.number)
+
+
 def become_module(module: str, words: list[str]) -> NoReturn:
     """Go on as `python -m module words`: MPI and signals then see one process, not two."""
-    os.execv(sys.executable, [sys.executable, "-m", module, *words])
+    root = str(Path(__file__).resolve().parents[1])
+    paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    os.execve(sys.executable, [sys.executable, "-m", module, *words], os.environ | {"PYTHONPATH": paths})
 
 
 def run_module(module: str, words: list[str]) -> int:

@@ -9,6 +9,7 @@ seen in the rings of phases (configs/phases.py), so the ranks that are killed ar
 from __future__ import annotations
 
 import random
+import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -116,5 +117,5 @@ class Killer(Signals):
         wanted = [rank for rank in range(self.num_ranks) if self.moment and self.moment.rank in (None, rank)]
         running = [rank for rank in wanted if ranks[rank].poll() is None]
         for rank in running:
-            ranks[rank].kill()
+            ranks[rank].send_signal(signal.SIGKILL)
         self.life.killed = tuple(running)

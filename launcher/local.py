@@ -15,16 +15,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from configs import stalls
 from configs.incidents import append_incident
 from configs.load import ConfigError
 from launcher.logs import TRACEBACK_LINES, begin_logs, last_lines, log_file
-from launcher.tee import Output, open_output
+from launcher.started import Node
+from launcher.tee import open_output
 from launcher.watch import Watch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -33,8 +34,36 @@ SAME_REQUEST_SECONDS = 0.5  # as in pretrain/runtime.py: a signal this soon afte
 GRACE_SECONDS = 20.0  # between SIGTERM and SIGKILL for the ranks that are left after one has failed
 STALL_GRACE_SECONDS = 10.0  # the same after a stall
 AT_ONCE_SECONDS = 1.0  # the same after a second signal
+SETTLE_SECONDS = 1.5  # after a failure on one host what the others say of it is heard too: the cause may be there
 MISTAKE, GUARD = 2, 70  # exit codes; docs/running.md lists all of them
-Process = subprocess.Popen[bytes]
+
+
+class Process(Protocol):
+    """A rank, wherever it runs: what the launcher does with it. A subset of Popen."""
+
+    @property
+    def host(self) -> str: ...  # empty: this machine
+    @property
+    def why(self) -> str: ...  # it failed, where that is known here better than its own log says
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+    def send_signal(self, number: int) -> None: ...
+    def kill_group(self) -> None: ...
+
+
+class LocalRank(subprocess.Popen[bytes]):
+    """A rank on this machine, with a process group of its own."""
+
+    host = why = ""
+
+    def kill_group(self) -> None:
+        """End what it started: workers that were stopped do not notice its end."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            return
 
 
 @dataclass(frozen=True)
@@ -115,54 +144,64 @@ def run_local(
     signals: Signals,
     stall_seconds: int | None = None,
     devices: Iterable[str] | None = None,
+    node: Node | None = None,
 ) -> Outcome:
     """Run `python -m module words` once per rank and wait for them; with `devices`, on these GPUs only.
+
+    With a `node`, they are the ranks of this machine among those of others, which are started there.
 
     Every rank writes to run_dir/logs/rank-N.log, after what an earlier start wrote there, rank 0 to the terminal too.
     When a rank fails, the others are ended and the end of its output is shown; when one makes no mark for
     `stall_seconds`, who is behind is shown and all are ended. Raises ConfigError where `run_dir` cannot be written.
     """
-    environment = rank_environment(num_ranks)
+    environment = rank_environment(num_ranks, node)
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    logs = run_dir / "logs"
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={run_dir}: cannot be written ({error}); choose a directory you can write to"
-        ) from None
-    watch = Watch(run_dir, num_ranks, stall_seconds)
-    begin_logs(logs, num_ranks)
-    output = open_output(log_file(logs, 0))
+    logs = make_logs(run_dir)
+    first_rank = node.number * num_ranks if node else 0
+    watch = Watch(run_dir, num_ranks, stall_seconds, first_rank, int(environment["WORLD_SIZE"]))
+    begin_logs(logs, num_ranks, first_rank)
+    output = open_output(log_file(logs, first_rank))
+    command = [sys.executable, "-m", module, *words]
     ranks: list[Process] = []
-    for rank in range(num_ranks):
-        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-m", module, *words]
-        if rank == 0:
-            ranks.append(
-                subprocess.Popen(command, env=own, stdout=output.stdout, stderr=output.stderr, process_group=0)
-            )
+    for local_rank in range(num_ranks):
+        own = environment | {"RANK": str(first_rank + local_rank), "LOCAL_RANK": str(local_rank)}
+        if local_rank == 0:
+            ranks.append(LocalRank(command, env=own, stdout=output.stdout, stderr=output.stderr, process_group=0))
             output.is_taken()
         else:
-            with log_file(logs, rank).open("ab") as log:
-                ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, process_group=0))
+            with log_file(logs, first_rank + local_rank).open("ab") as log:
+                ranks.append(LocalRank(command, env=own, stdout=log, stderr=log, process_group=0))
     signals.go_to(ranks, watch)
-    outcome = wait(ranks, watch, signals, logs, output)
+    outcome = wait(ranks, watch, signals, logs, output.drain)
     output.drain()
     return outcome
 
 
-def rank_environment(num_ranks: int) -> dict[str, str]:
-    """This process's variables with those of a run of `num_ranks` on this machine added; what is set stays."""
+def make_logs(run_dir: Path) -> Path:
+    """The folder of the ranks' logs. Raises ConfigError where `run_dir` cannot be written."""
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir}: cannot be written ({error}); choose a directory you can write to"
+        ) from None
+    return run_dir / "logs"
+
+
+def free_port(address: str = "127.0.0.1") -> str:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        probe.bind((address, 0))
+        return str(probe.getsockname()[1])
+
+
+def rank_environment(num_ranks: int, node: Node | None = None) -> dict[str, str]:
+    """This process's variables with those of a run of `num_ranks` on this machine added; what is set stays."""
     environment = os.environ | {
-        "WORLD_SIZE": str(num_ranks),
+        "WORLD_SIZE": str(num_ranks * (node.count if node else 1)),
         "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_ADDR": node.master_addr if node else "127.0.0.1",
+        "MASTER_PORT": node.master_port if node else free_port(),
         "MILLSTREAM_WATCHED": "1",
         "PYTHONUNBUFFERED": "1",  # what a rank has printed is in its log, however it ends
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]),
@@ -173,8 +212,10 @@ def rank_environment(num_ranks: int) -> dict[str, str]:
     return environment
 
 
-def wait(ranks: list[Process], watch: Watch, signals: Signals, logs: Path, output: Output) -> Outcome:
+def wait(ranks: list[Process], watch: Watch, signals: Signals, logs: Path, drain: Callable[[], None]) -> Outcome:
     """Until all ranks have ended, by themselves or, after a failure, a stall or a second signal, by us.
+
+    `drain` waits until what rank 0 has printed is on the terminal.
 
     Ranks that were asked to stop leave together; one that is still there GRACE_SECONDS after another waits in vain.
     """
@@ -186,11 +227,16 @@ def wait(ranks: list[Process], watch: Watch, signals: Signals, logs: Path, outpu
             return Outcome("stopped", 128 + (signals.number or 0))
         stopped, failed = stopped_code(codes, signals.number), first_failure(codes)
         if failed is not None:
-            end(ranks, GRACE_SECONDS)
-            if stopped is not None:  # it failed because that one had left
+            if any(rank.host for rank in ranks):
+                time.sleep(SETTLE_SECONDS)
+                failed = first_failure([rank.poll() for rank in ranks])
+                assert failed is not None
+            why = ranks[failed].why
+            end(ranks, AT_ONCE_SECONDS if why else GRACE_SECONDS)  # with a host gone no rank can finish anything
+            if stopped is not None and not why:  # it failed because that one had left
                 return Outcome("stopped", stopped)
-            output.drain()  # rank 0's traceback comes first
-            return failure(failed, ranks[failed].returncode, watch, logs)
+            drain()  # rank 0's traceback comes first
+            return failure(failed, ranks[failed].returncode or 0, why, watch, logs)
         if stopped is not None:
             left_since = left_since or time.monotonic()
             if time.monotonic() - left_since > GRACE_SECONDS:
@@ -200,18 +246,27 @@ def wait(ranks: list[Process], watch: Watch, signals: Signals, logs: Path, outpu
             return Outcome("finished", 0) if stopped is None else Outcome("stopped", stopped)
         if seconds := watch.stalled([rank for rank, code in enumerate(codes) if code is None]):
             done = [rank for rank, code in enumerate(codes) if code is not None]
-            behind = tell_stall(watch.run_dir, len(ranks), seconds, done)
+            ask_for_stacks(ranks, watch)
+            behind = tell_stall(watch, seconds, done)
             end(ranks, STALL_GRACE_SECONDS)
             step = max((seen.ring.step for seen in behind if seen.ring), default=0)
             return Outcome("stalled", stalls.EXIT_CODE, behind[0].rank if len(behind) == 1 else None, step)
         time.sleep(0.1)
 
 
-def tell_stall(run_dir: Path, num_ranks: int, seconds: float, finished: list[int]) -> list[stalls.Seen]:
+def ask_for_stacks(ranks: list[Process], watch: Watch) -> None:
+    """Of ranks on other hosts; those of this machine are asked when the report is made."""
+    asked = [process for rank, process in enumerate(ranks) if process.host and watch.ring(rank)]
+    send(asked, signal.SIGUSR2)
+    time.sleep(stalls.ANSWER_SECONDS if asked else 0)
+
+
+def tell_stall(watch: Watch, seconds: float, finished: list[int]) -> list[stalls.Seen]:
     """Report who is behind; returns them. Given up after REPORT_SECONDS: run_dir may be what does not answer."""
     behind: list[stalls.Seen] = []
+    done = [watch.first_rank + rank for rank in finished]
     telling = threading.Thread(
-        target=lambda: behind.extend(stalls.tell(run_dir, num_ranks, seconds, finished)), daemon=True
+        target=lambda: behind.extend(stalls.tell(watch.run_dir, watch.world_size, seconds, done)), daemon=True
     )
     telling.start()
     telling.join(stalls.REPORT_SECONDS)
@@ -234,20 +289,22 @@ def first_failure(codes: list[int | None]) -> int | None:
     """The rank that failed: one that says why, else one that was killed, else the lowest. Pure."""
     failed = [rank for rank, code in enumerate(codes) if code and code not in STOPPED_CODES]
     killed = [rank for rank in failed if (codes[rank] or 0) < 0]
+    lost = [rank for rank in killed if codes[rank] == -signal.SIGHUP]  # with its host: what the others got is its doing
     known = [rank for rank in failed if codes[rank] in (MISTAKE, GUARD)]
-    return next(iter([*known, *killed, *failed]), None)
+    return next(iter([*known, *lost, *killed, *failed]), None)
 
 
-def failure(rank: int, code: int, watch: Watch, logs: Path) -> Outcome:
+def failure(rank: int, code: int, why: str, watch: Watch, logs: Path) -> Outcome:
     """Show the failure, note it as an incident, and make it this command's exit code."""
     ring = watch.ring(rank)
+    rank += watch.first_rank
     place = f", in phase {ring.phase} of step {ring.step}" if ring else ", before its first mark"
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    how = why or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}")
     text = f"rank {rank} failed first, {how}{place}"
     print(f"\n{text}", file=sys.stderr)
     if code == -signal.SIGKILL:
         print("it was not this launcher: often it is the kernel, for want of memory (see dmesg)", file=sys.stderr)
-    if rank:  # rank 0 wrote to the terminal already
+    if rank != watch.first_rank and not why:  # the first one wrote to the terminal already
         lines = last_lines(log_file(logs, rank), TRACEBACK_LINES)
         print(f"the end of {log_file(logs, rank)}:", *lines, sep="\n  ", file=sys.stderr)
     code = code if code > 0 else 128 - code
@@ -256,7 +313,7 @@ def failure(rank: int, code: int, watch: Watch, logs: Path) -> Outcome:
     before_the_run = code == MISTAKE and (ring is None or ring.phase == "start")
     if code != GUARD and not before_the_run:  # the guard has noted it; a mistake at the start is nobody's incident
         step = ring.step if ring else None
-        append_incident(watch.run_dir, "rank_failed", text, step=step, rank=rank, num_ranks=watch.num_ranks, code=code)
+        append_incident(watch.run_dir, "rank_failed", text, step=step, rank=rank, num_ranks=watch.world_size, code=code)
     return Outcome("failed", code, rank, ring.step if ring else 0)
 
 
@@ -271,12 +328,9 @@ def end(ranks: list[Process], grace_seconds: float) -> None:
         if number is not None:
             send(ranks, number)
     for rank in ranks:
-        try:
-            os.killpg(rank.pid, signal.SIGKILL)  # what it started: workers that were stopped do not notice its end
-        except (ProcessLookupError, PermissionError):
-            continue
-    if left := [rank.pid for rank in ranks if rank.poll() is None]:
-        print(f"processes {left} cannot be ended: they hang in a system call (state D)", file=sys.stderr)
+        rank.kill_group()
+    if left := [number for number, rank in enumerate(ranks) if rank.poll() is None]:
+        print(f"ranks {left} of this start cannot be ended: they hang in a system call (state D)", file=sys.stderr)
 
 
 def send(ranks: list[Process], number: int) -> None:

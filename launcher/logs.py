@@ -17,9 +17,9 @@ def log_file(logs: Path, rank: int) -> Path:
     return logs / f"rank-{rank}.log"
 
 
-def begin_logs(logs: Path, num_ranks: int) -> None:
+def begin_logs(logs: Path, num_ranks: int, first_rank: int = 0) -> None:
     """Separate what the ranks of this start will write from what those of earlier ones wrote."""
-    for path in (log_file(logs, rank) for rank in range(num_ranks)):
+    for path in (log_file(logs, rank) for rank in range(first_rank, first_rank + num_ranks)):
         if path.exists() and path.stat().st_size:
             with path.open("a") as log:
                 log.write(f"{STARTED_AGAIN} {datetime.now(UTC).isoformat(timespec='seconds')}\n")

@@ -46,7 +46,7 @@ class KillAt(Signals):
         while not self.ended.wait(POLL_SECONDS):
             if newest_step(self.run_dir) >= self.step:
                 for process in ranks:
-                    process.kill()
+                    process.send_signal(signal.SIGKILL)
                 return
 
 

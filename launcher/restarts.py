@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.deepspeed_json import deepspeed_json
 from configs.incidents import append_incident
-from configs.launches import Launch, write_launch
+from configs.launches import Kind, Launch, write_launch
 from configs.load import ConfigError
 from configs.schema import FinetuneConfig, PretrainConfig
 from launcher.local import GUARD, MISTAKE, Outcome, Signals, default_num_ranks, run_local, visible_devices
+from launcher.ssh import hosts_that_answer, run_hosts
+from launcher.started import Node
 
 Config = PretrainConfig | FinetuneConfig
 
@@ -34,18 +38,29 @@ class Attempt:
     step: int = -1  # which the run had reached when it failed last
 
 
-def run(module: str, words: list[str], config: Config, num_ranks: int | None) -> int:
-    """Run to the end, or until it is not to be started again; returns the exit code of the last start."""
+def run(
+    module: str, words: list[str], config: Config, num_ranks: int | None, hosts: dict[str, int] | None = None
+) -> int:
+    """Run to the end, or until it is not to be started again; returns the exit code of the last start.
+
+    With `hosts` (name: slots) the ranks run there; what is said of devices is then said of slots.
+    """
     run_dir, launch = Path(config.run_dir), config.launch
     signals = Signals()
-    attempt = Attempt(num_ranks or default_num_ranks(), None)
+    attempt = Attempt(num_ranks or (sum(hosts.values()) if hosts else default_num_ranks()), None)
     while True:
-        note_launch(run_dir, attempt.num_ranks)
-        outcome = run_local(module, words, attempt.num_ranks, run_dir, signals, launch.stall_seconds, attempt.devices)
+        note_launch(run_dir, attempt.num_ranks, "hosts" if hosts else "local")
+        outcome = run_once(module, words, attempt, config, signals, hosts)
         if signals.number is not None or not may_start_again(outcome) or not launch.restarts:
             return outcome.code
         step = newest_checkpoint(run_dir)
-        failed, attempt = attempt, after(attempt, outcome, step, config, visible_devices())
+        devices = slot_names(hosts, hosts_that_answer(hosts)) if hosts else visible_devices()
+        if hosts and not devices:
+            say("given up: no host of the hostfile answers")
+            return outcome.code
+        failed, attempt = attempt, after(attempt, outcome, step, config, devices)
+        if hosts and attempt.devices is None:
+            attempt = replace(attempt, devices=tuple(devices))
         if attempt.failures > launch.restarts:
             say(f"given up after {attempt.failures} failures without progress; launch.restarts={launch.restarts}")
             return outcome.code
@@ -60,11 +75,38 @@ def run(module: str, words: list[str], config: Config, num_ranks: int | None) ->
             return 128 + (signals.number or 0)
 
 
-def note_launch(run_dir: Path, num_ranks: int) -> None:
+def run_once(
+    module: str, words: list[str], attempt: Attempt, config: Config, signals: Signals, hosts: dict[str, int] | None
+) -> Outcome:
+    run_dir, launch = Path(config.run_dir), config.launch
+    if hosts is None:
+        return run_local(module, words, attempt.num_ranks, run_dir, signals, launch.stall_seconds, attempt.devices)
+    used = (attempt.devices or slot_names(hosts, hosts))[: attempt.num_ranks]
+    slots = Counter(slot.rpartition(":")[0] for slot in used)
+    command = ["-m", module, *words]
+    return run_hosts(command, dict(slots), run_dir, signals, launch.stall_seconds, launch.silence_seconds)
+
+
+def slot_names(hosts: dict[str, int], names: Iterable[str]) -> list[str]:
+    """HOST:0, HOST:1, ... of these hosts, in the order of the hostfile. Pure."""
+    chosen = set(names)
+    return [f"{host}:{slot}" for host, number in hosts.items() if host in chosen for slot in range(number)]
+
+
+def run_on_node(module: str, words: list[str], config: Config, num_ranks: int | None, node: Node) -> int:
+    """Run the ranks of this machine, one of several, once: who starts all the machines starts them again."""
+    each, run_dir = num_ranks or node.num_ranks or default_num_ranks(), Path(config.run_dir)
+    if node.number == 0:
+        note_launch(run_dir, each * node.count, "hosts")
+    return run_local(module, words, each, run_dir, Signals(), config.launch.stall_seconds, node=node).code
+
+
+def note_launch(run_dir: Path, num_ranks: int, kind: Kind = "local") -> None:
     """Write run_dir/launch.json for this process. Raises ConfigError where `run_dir` cannot be written."""
     try:
         command = ["millstream", *sys.argv[1:]]
-        write_launch(run_dir, Launch("local", command, pid=os.getpid(), num_ranks=num_ranks))
+        job = os.environ.get("SLURM_JOB_ID") if kind == "slurm" else None
+        write_launch(run_dir, Launch(kind, command, job, None if job else os.getpid(), num_ranks))
     except OSError as error:
         raise ConfigError(
             f"run_dir={run_dir}: cannot be written ({error}); choose a directory you can write to"

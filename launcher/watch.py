@@ -10,21 +10,32 @@ import shutil
 import time
 from pathlib import Path
 
-from configs.phases import QuietTime, Ring, read_ring, ring_path
+from configs.phases import QuietTime, Ring, read_ring, ring_path, stacks_path
 
 
 class Watch:
-    """Over the rings of one start of a run. Make it before the ranks: it removes what an earlier start left."""
+    """Over the rings of one start of a run. Make it before the ranks: it removes what an earlier start left.
 
-    def __init__(self, run_dir: Path, num_ranks: int, stall_seconds: int | None) -> None:
+    Where other machines start ranks of the run by themselves, `first_rank` is the first one of this machine; what is
+    called a rank here counts from there.
+    """
+
+    def __init__(
+        self, run_dir: Path, num_ranks: int, stall_seconds: int | None, first_rank: int = 0, world_size: int = 0
+    ) -> None:
         self.run_dir, self.num_ranks, self.stall_seconds = run_dir, num_ranks, stall_seconds
-        shutil.rmtree(run_dir / "ranks", ignore_errors=True)
+        self.first_rank, self.world_size = first_rank, world_size or num_ranks
+        if self.world_size == num_ranks:
+            shutil.rmtree(run_dir / "ranks", ignore_errors=True)
+        for rank in range(first_rank, first_rank + num_ranks):
+            ring_path(run_dir, rank).unlink(missing_ok=True)
+            stacks_path(run_dir, rank).unlink(missing_ok=True)
         self._interval = min(2.0, (stall_seconds or 0) / 20)
         self._quiet = QuietTime(self._interval + 0.1)
         self._next = 0.0
 
     def ring(self, rank: int) -> Ring | None:
-        return read_ring(ring_path(self.run_dir, rank))
+        return read_ring(ring_path(self.run_dir, self.first_rank + rank))
 
     def stalled(self, running: list[int]) -> float | None:
         """The seconds for which the quietest of these ranks has made no mark, if they are too many; else none.

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from configs.phases import Mark, no_mark
-from pretrain.placement import Placement, address, placement
+from pretrain.placement import Placement, address, complete, placement
 from pretrain.watchdog import watch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -81,7 +81,12 @@ def start(run_dir: str | None = None, stall_seconds: int | None = None) -> Runti
     environment = os.environ
     if "RANK" not in environment:
         place = placement(environment) or Placement("0", "1", "0", "1", "127.0.0.1", _free_port())
+        if not place.master_addr:
+            from pretrain.mpi_meeting import meeting  # it needs an MPI library, which only a run under mpirun has
+
+            place = meeting(place)
         environment.update(replace(place, master_addr=address(place.master_addr)).variables())
+    environment.update(complete(environment))
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     local_rank = int(environment.get("LOCAL_RANK", "0"))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: no traceback

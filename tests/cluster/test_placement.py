@@ -13,7 +13,7 @@ import pytest
 from pretrain.placement import first_host
 from tests.cluster.slurm import slurm_cluster
 from tests.conftest import ROOT
-from tests.pretrain.test_objective import metrics, small_run, words, write_random_tokens
+from tests.pretrain.test_objective import metrics, small_run, write_random_tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -44,7 +44,8 @@ def test_tasks_of_srun_on_two_nodes_are_ranks_that_train_and_a_batch_script_is_a
         write_random_tokens(tmp_path / "data")
         config = small_run(tmp_path, {"dir": str(tmp_path / "data")}, {}, {})
         run_dir = tmp_path / "run"
-        run(["srun", "--nodes=2", "--ntasks=2", sys.executable, *words(config, run_dir)], environment)
+        command = [sys.executable, "-m", "launcher.cli", "pretrain", str(config), f"run_dir={run_dir}"]
+        run(["srun", "--nodes=2", "--ntasks=2", *command], environment)
         assert [line["step"] for line in metrics(run_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
         files = sorted(path.name for path in (run_dir / "checkpoints/step-00000006").iterdir())
         assert files == ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"]

@@ -70,11 +70,42 @@ def test_mistake_is_named_without_a_traceback(words, expected):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
-def test_command_that_srun_or_mpirun_has_started_several_times_says_what_to_start_instead(name):
-    result = run("pretrain", NANO, "run_dir=/dev/null/unused", env=os.environ | {name: "4"})
-    assert result.returncode == 2 and f"{name}=4: this command starts the ranks of one machine itself" in result.stderr
-    assert f"python -m pretrain.train --config {NANO}" in result.stderr
+def test_number_of_ranks_is_not_asked_for_where_mpirun_has_started_them():
+    of_mpirun = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+    result = run("pretrain", NANO, "--ranks", "2", "run_dir=/dev/null/unused", env=os.environ | of_mpirun)
+    assert result.returncode == 2 and "--ranks 2: what has started this process says how many" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "hosts: cannot be read"),
+        ("# none\n", "hosts: names no host"),
+        ("h1 slot=2\n", "hosts:1: found `h1 slot=2`, expected `NAME slots=N`"),
+        ("h1 slots=2\nh1 slots=1\n", "hosts:2: host h1 for the second time"),
+    ],
+)
+@pytest.mark.parametrize("launcher", ["ssh", "pdsh"])
+def test_hostfile_that_says_nothing_is_an_error_and_no_run_on_this_machine(tmp_path, content, expected, launcher):
+    if content is not None:
+        (tmp_path / "hosts").write_text(content)
+    words = ["--hosts", str(tmp_path / "hosts"), "--launcher", launcher, f"run_dir={tmp_path / 'run'}"]
+    result = run("pretrain", NANO, *words)
+    assert result.returncode == 2 and expected in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--hosts"], "--hosts: expected a hostfile after it"),
+        (["--launcher", "pdsh"], "--launcher pdsh: on which hosts? give --hosts FILE too"),
+        (["--hosts", "x", "--launcher", "psdh"], "--launcher psdh: expected one of ssh, pdsh, openmpi, mpich, impi"),
+    ],
+)
+def test_flags_of_several_machines_are_checked(words, expected):
+    result = run("pretrain", NANO, *words)
+    assert result.returncode == 2 and expected in result.stderr
 
 
 def test_package_of_another_distribution_is_noticed(tmp_path, monkeypatch):

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from configs.errors import ConfigError
-from pretrain.placement import FIRST_PORT, NUM_PORTS, Placement, address, expand_counts, first_host, placement
+from pretrain.placement import (
+    FIRST_PORT,
+    NUM_PORTS,
+    Placement,
+    address,
+    complete,
+    expand_counts,
+    first_host,
+    placement,
+)
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3",
@@ -55,12 +63,17 @@ def test_ranks_of_mpich_on_one_machine_meet_there():
     assert found == Placement("1", "2", "1", "2", "127.0.0.1", "29500")
 
 
-def test_mpirun_on_several_machines_has_to_be_told_the_first():
+def test_mpirun_on_several_machines_leaves_open_which_is_the_first():
     several = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
-    with pytest.raises(ConfigError, match=r"started 4 ranks on several machines and MASTER_ADDR is not set: give it"):
-        placement(several)
+    assert placement(several).master_addr == ""
     assert placement(several | {"MASTER_ADDR": "first"}).master_addr == "first"
     assert placement(several | {"SLURM_JOB_NODELIST": "n[3-4]"}).master_addr == "n3"
+
+
+def test_rank_without_a_local_one_is_alone_on_its_machine_as_a_pod_of_kubernetes():
+    assert complete({"RANK": "3", "WORLD_SIZE": "4"}) == {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert complete({"RANK": "3", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}) == {"LOCAL_WORLD_SIZE": "2"}  # deepspeed
+    assert complete({"RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == {}  # torchrun
 
 
 def test_mpirun_goes_before_the_srun_that_has_started_its_daemons():

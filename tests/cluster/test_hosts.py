@@ -1,0 +1,180 @@
+"""Runs on two hosts: real sshd, ssh, pdsh and mpirun between network namespaces. Each ends as on one machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from configs.incidents import read_incidents
+from tests.cluster.namespaces import Hosts, command_line, network_hosts
+from tests.conftest import ROOT
+from tests.launcher.small_run import has_reached, losses, make_config, wait_until
+from tests.pretrain.test_objective import metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+SECRET = "not-for-other-eyes"
+RUN = ["train.num_steps=40", "checkpoint.every_steps=10", "log.every_steps=40"]
+OWN = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    hosts: Hosts
+    folder: Path
+    config: Path
+
+    def start(self, run_dir: Path, *words: str, before: tuple[str, ...] = (), **more: str) -> subprocess.Popen[str]:
+        """`BEFORE millstream pretrain CONFIG WORDS`, given on h1."""
+        own = [sys.executable, "-m", "launcher.cli", "pretrain", str(self.config), f"run_dir={run_dir}", *RUN, *words]
+        environment = {"MILLSTREAM_SSH_ARGS": self.hosts.ssh_arguments, "GLOO_SOCKET_IFNAME": "e0"} | more
+        return subprocess.Popen(
+            self.hosts.inside("h1", [*before, *own]), cwd=ROOT, env=os.environ | OWN | environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
+    def hostfile(self, *lines: str) -> list[str]:
+        path = self.folder / "hostfile"
+        path.write_text("# two hosts\n" + "".join(f"{line}\n" for line in lines or ("h1 slots=1", "h2 slots=1")))
+        return ["--hosts", str(path)]
+
+
+def finish(process: subprocess.Popen[str], code: int, seconds: float = 60) -> str:
+    """Wait for it; returns what it wrote to stderr."""
+    out, err = process.communicate(timeout=seconds)
+    assert process.returncode == code, out[-2000:] + err[-4000:]
+    return err
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("hosts")
+    with network_hosts(folder / "network") as hosts:
+        yield Cluster(hosts, folder, make_config(folder))
+
+
+@pytest.fixture(scope="module")
+def on_one_machine(cluster) -> list[dict]:
+    """The metrics of the same run by two ranks of one machine."""
+    finish(cluster.start(cluster.folder / "alone", "--ranks", "2", GLOO_SOCKET_IFNAME="lo"), 0)
+    assert len(losses(cluster.folder / "alone")) == 40
+    return metrics(cluster.folder / "alone")
+
+
+def secrets_on_command_lines(hosts: Hosts, process: subprocess.Popen[str]) -> list[str]:
+    """Look at all processes of both hosts until the run has ended."""
+    found = []
+    while process.poll() is None:
+        lines = [command_line(pid) for name in hosts.addresses for pid in hosts.pids(name)]
+        found += [line for line in lines if SECRET in line]
+        time.sleep(0.3)
+    return found
+
+
+def files_with_secret(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+
+
+def test_run_over_ssh_is_bitwise_that_of_one_machine_and_shows_no_secret(cluster, on_one_machine):
+    run_dir, variables = cluster.folder / "ssh", cluster.folder / "variables"
+    variables.write_text(f"MY_API_TOKEN={SECRET}\n")  # asked for: it goes along, over the connection
+    more = {"DS_ENV_FILE": str(variables), "HF_TOKEN": SECRET}
+    process = cluster.start(run_dir, *cluster.hostfile(), **more)
+    wait_until(has_reached(run_dir, 1, rank=1), process)
+    (rank,) = cluster.hosts.running("h2", "pretrain.train")
+    environment = Path(f"/proc/{rank}/environ").read_bytes().split(b"\0")
+    assert f"MY_API_TOKEN={SECRET}".encode() in environment
+    assert not [variable for variable in environment if variable.startswith(b"HF_TOKEN")]
+    assert secrets_on_command_lines(cluster.hosts, process) == []
+    finish(process, 0)
+    assert metrics(run_dir) == on_one_machine
+    assert (run_dir / "logs/rank-0.log").stat().st_size and (run_dir / "logs/rank-1.log").exists()
+    assert files_with_secret(run_dir) == []
+    assert cluster.hosts.running("h2", "python") == []
+
+
+@pytest.mark.skipif(not shutil.which("pdsh"), reason="no pdsh (Debian's package)")
+def test_pdsh_run_with_a_host_cut_off_stands_still_ends_and_goes_on_as_if_nothing_had_been(cluster, on_one_machine):
+    run_dir = cluster.folder / "pdsh"
+    words = [*cluster.hostfile(), "--launcher", "pdsh", "launch.stall_seconds=4"]
+    process = cluster.start(run_dir, *words, MLFLOW_TRACKING_TOKEN=SECRET)
+    wait_until(has_reached(run_dir, 15), process)
+    began = time.monotonic()
+    cluster.hosts.cut_off("h2")
+    try:
+        out, err = process.communicate(timeout=80)
+        assert process.returncode == 124 and time.monotonic() - began < 45, out[-2000:] + err[-2000:]
+        assert "the run has stood still for" in out + err and SECRET not in out + err
+        assert cluster.hosts.running("h1", "pretrain.train") == cluster.hosts.running("h2", "pretrain.train") == []
+    finally:
+        cluster.hosts.connect_again("h2")
+    process = cluster.start(run_dir, *words, MLFLOW_TRACKING_TOKEN=SECRET)
+    assert secrets_on_command_lines(cluster.hosts, process) == []
+    finish(process, 0)
+    assert metrics(run_dir) == on_one_machine
+    assert "eval loss" in (run_dir / "logs/rank-0.log").read_text()
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun (Debian's openmpi-bin)")
+def test_ranks_of_mpirun_on_two_hosts_find_the_first_one_by_mpi(cluster, on_one_machine):
+    agent = ["--mca", "plm_rsh_agent", f"ssh {cluster.hosts.ssh_arguments}"]
+    passed = [word for name in [*OWN, "GLOO_SOCKET_IFNAME"] for word in ("-x", name)]
+    before = ("mpirun", "--allow-run-as-root", *agent, "--host", "h1:1,h2:1", *passed)
+    finish(cluster.start(cluster.folder / "mpi", before=before), 0)
+    assert metrics(cluster.folder / "mpi") == on_one_machine
+
+
+def test_hosts_that_do_not_answer_or_are_not_known_are_named_before_any_rank_starts(cluster):
+    nobody = f"{cluster.hosts.addresses['h1'].rpartition('.')[0]}.254"  # this machine itself, where no sshd listens
+    err = finish(cluster.start(cluster.folder / "none", *cluster.hostfile("h1 slots=1", f"{nobody} slots=1")), 2)
+    assert f"host {nobody}: ssh ended with exit code 255" in err and "host h1" not in err
+    unknown = f"{cluster.hosts.ssh_arguments} -o UserKnownHostsFile=/dev/null"
+    err = finish(cluster.start(cluster.folder / "none", *cluster.hostfile(), MILLSTREAM_SSH_ARGS=unknown), 2)
+    assert "Host key verification failed" in err and "host h2: ssh ended" in err
+    assert not (cluster.folder / "none/ranks/rank-00000.phases").exists()
+
+
+def test_host_that_is_cut_off_ends_the_run_which_goes_on_later_as_if_nothing_had_been(cluster, on_one_machine):
+    run_dir = cluster.folder / "cut"
+    words = [*cluster.hostfile(), "launch.silence_seconds=4"]
+    process = cluster.start(run_dir, *words)
+    wait_until(has_reached(run_dir, 15), process)
+    began = time.monotonic()
+    cluster.hosts.cut_off("h2")
+    try:
+        err = finish(process, 128 + signal.SIGHUP)
+        assert time.monotonic() - began < 20
+        assert "rank 1 failed first, its host h2 is gone: nothing was heard of it for 4 s" in err
+        assert [(i["kind"], i["rank"]) for i in read_incidents(run_dir)] == [("rank_failed", 1)]
+        assert cluster.hosts.running("h1", "pretrain.train") == []
+        wait_until(lambda: not cluster.hosts.running("h2", "pretrain.train"), None, seconds=40)
+    finally:
+        cluster.hosts.connect_again("h2")
+    finish(cluster.start(run_dir, *words), 0)
+    assert metrics(run_dir) == on_one_machine
+
+
+def test_killed_rank_and_killed_connection_are_named_and_the_run_starts_again(cluster, on_one_machine):
+    run_dir = cluster.folder / "killed"
+    process = cluster.start(run_dir, *cluster.hostfile(), "launch.restarts=2", "launch.backoff_seconds=0.1")
+    wait_until(has_reached(run_dir, 15, rank=1), process)
+    (rank,) = cluster.hosts.running("h2", "pretrain.train")
+    os.kill(rank, signal.SIGKILL)
+    wait_until(lambda: len(read_incidents(run_dir)) == 2 and has_reached(run_dir, 25, rank=1)(), process)
+    for session in cluster.hosts.running("h2", "sshd: root"):
+        os.kill(session, signal.SIGKILL)
+    err = finish(process, 0)
+    assert "rank 1 failed first, killed by SIGKILL" in err
+    assert "rank 1 failed first, its host h2 is gone: its ssh connection has ended" in err
+    # What the second one left of the ranks has stopped and saved: an evaluation that the other run does not have.
+    assert losses(run_dir) == [line["loss"] for line in on_one_machine if "loss" in line]
+    assert metrics(run_dir)[-1] == on_one_machine[-1]
