@@ -40,6 +40,8 @@ usage: millstream VERB CONFIG [key=value ...]
   finetune CONFIG              an exported directory -> a classifier
   status RUN_DIR ...           does it run, how far is it, how did it end; of several runs a table
   logs RUN_DIR                 the first failing rank's traceback, then all ranks' logs; --rank N, --follow
+  watch RUN_DIR ...            a live page of one run or several overlaid, at http://127.0.0.1:8642 (--host, --port);
+                               --terminal: in the terminal; /metrics: for Prometheus
   stop RUN_DIR                 finish the step, save, end, under any launcher; --now: at once
   doctor [FOLDER]              checks this machine for a run; --hosts FILE: those of a hostfile, --slurm [srun options]:
                                nodes of SLURM, with the links between them and FOLDER, which they should share
@@ -112,7 +114,7 @@ def dispatch(words: list[str]) -> int:
             return doctor(rest)
         case ["export", *rest] if rest:
             return run_module("pretrain.export", rest)
-        case ["status" | "logs" | "stop", *_]:
+        case ["status" | "logs" | "stop" | "watch", *_]:
             return look_after(words)
         case ["config", config, *rest]:
             return show_config(config, rest, num_ranks or 1)
@@ -189,6 +191,10 @@ def look_after(words: list[str]) -> int:
             from launcher.show_logs import logs_command
 
             return logs_command(rest)
+        case ["watch", *rest]:
+            from launcher.watch_runs import watch_command
+
+            return watch_command(rest)
         case ["stop", run_dir] | ["stop", run_dir, "--now"] | ["stop", "--now", run_dir]:
             from launcher.stop import stop_run
 

@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from configs import stragglers
 from configs.errors import ConfigError
 from configs.incidents import read_incidents
 from configs.launches import Launch, read_launch
@@ -86,11 +87,11 @@ def look(run_dir: Path) -> RunState:
     num_steps = number_of_steps(run_dir)
     incidents = tuple(read_incidents(run_dir))
     state, why = judge(run_dir, launch, rings, processes, step, num_steps, incidents)
-    stragglers = [each for each in tail(run_dir / "stragglers.jsonl") if "rank" in each]
+    slow = [each for each in tail(run_dir / stragglers.FILE, 4096) if {"rank", "phase", "seconds"} <= each.keys()]
     return RunState(
         run_dir, state, why, launch, rings, processes, step, num_steps, line, evaluations[-1] if evaluations else {},
         _median(recent, "tokens_per_second"), _median(recent, "step_seconds"), newest_checkpoint(run_dir), incidents,
-        stragglers[-1] if stragglers else None,
+        slow[-1] if slow else None,
     )  # fmt: skip
 
 
