@@ -5,7 +5,7 @@ works while the main thread is inside of C. A thread looks at the ring from with
 long, and no rank's checkpoint comes any further on its disk either, the first rank to notice reports who is behind,
 from the files of all ranks, and every rank leaves with exit code 124. The launcher does the same from outside, earlier,
 and for ranks that cannot (a stopped process has stopped threads); the thread is what ends a run under the deepspeed
-launcher or SLURM.
+launcher or SLURM. Rank 0 has another thread, which reports once a minute who is slow (configs/stragglers.py).
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
 from configs import stalls
 from configs.load import ConfigError
 from configs.phases import COUNT, Mark, QuietTime, bytes_written, marker, open_ring, ring_path, stacks_path
+from configs.stragglers import report_each_minute
 
 WATCHED = "MILLSTREAM_WATCHED"  # set by our launcher: it is the first to act, this is for the case that it is gone
 LAUNCHER_SECONDS = 60  # it gets
@@ -44,11 +47,19 @@ def watch(run_dir: str, rank: int, world_size: int, stall_seconds: int | None) -
         ) from error
     if stall_seconds is not None:
         patience = stall_seconds + (LAUNCHER_SECONDS if WATCHED in os.environ else 0)
-        arguments = (words, file, Path(run_dir), world_size, patience)
-        threading.Thread(target=_end_when_quiet, args=arguments, name="watchdog", daemon=True).start()
+        watching = (words, file, Path(run_dir), world_size, patience)
+        threading.Thread(target=_end_when_quiet, args=watching, name="watchdog", daemon=True).start()
+    if rank == 0:
+        arguments = (Path(run_dir), world_size, device_memory)
+        threading.Thread(target=report_each_minute, args=arguments, name="stragglers", daemon=True).start()
     mark = marker(words)
     mark("start", 0)
     return mark
+
+
+def device_memory() -> dict[str, int]:
+    """What this rank has had allocated on its GPU at most, for a line of stragglers.jsonl; empty on a CPU."""
+    return {"gpu_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {}
 
 
 def _end_when_quiet(words: memoryview, stacks: BinaryIO, run_dir: Path, world_size: int, patience: float) -> None:
