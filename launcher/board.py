@@ -74,7 +74,8 @@ class Board:
         return is_done
 
     def keep_fresh(self) -> None:
-        """Refresh from a thread of its own, as long as this process lives."""
+        """Refresh now, so that there is something to show, and then from a thread, as long as this process lives."""
+        self.refresh()
 
         def work() -> None:
             while True:

@@ -28,7 +28,7 @@ def terminal(tmp_path) -> Iterator[list[str]]:
     """A tmux server of this test's own; yields the command that speaks to it."""
     if not shutil.which("tmux"):
         pytest.skip("no tmux (Debian package: tmux)")
-    tmux = ["tmux", "-f", "/dev/null", "-S", str(tmp_path / "tmux.socket")]
+    tmux = ["env", "-u", "COLUMNS", "-u", "LINES", "tmux", "-f", "/dev/null", "-S", str(tmp_path / "tmux.socket")]
     yield tmux
     subprocess.run([*tmux, "kill-server"], capture_output=True)
 
@@ -54,7 +54,16 @@ def test_terminal_shows_the_run_keeps_up_and_leaves_with_ctrl_c(tmp_path, termin
     watch = f"cd {ROOT} && {sys.executable} -m launcher.cli watch {run_dir} --terminal"
     # in the middle of a shell: what it leaves behind is seen
     subprocess.run(
-        [*terminal, "new-session", "-d", "-x", "100", "-y", "30", f"sh -c '{watch}; echo left with $?; sleep 60'"],
+        [
+            *terminal,
+            "new-session",
+            "-d",
+            "-x",
+            "100",
+            "-y",
+            "30",
+            f"sh -c 'trap : INT; {watch}; echo left with $?; sleep 60'",
+        ],
         check=True,
     )
     shown = wait_for(terminal, "step 40 of 100, about 12 s left, checkpoint 40")
