@@ -49,6 +49,7 @@ class RunState:
     processes: tuple[str, ...] = ()  # running, stopped, blocked, gone, finished, elsewhere, unknown
     step: int = 0  # steps that are done
     num_steps: int | None = None  # none: not known, as in fine-tuning
+    steps_left: float | None = None  # with train.budget those for which there is time
     line: dict[str, Any] = field(default_factory=dict)  # the newest one of a step in metrics.jsonl
     evaluation: dict[str, Any] = field(default_factory=dict)  # the newest one of held-out samples
     tokens_per_second: float | None = None
@@ -64,9 +65,9 @@ class RunState:
     @property
     def seconds_left(self) -> float | None:
         """In steps alone: evaluations and waits for checkpoints come on top."""
-        if not self.is_running or self.num_steps is None or self.step_seconds is None:
+        if not self.is_running or self.steps_left is None or self.step_seconds is None:
             return None
-        return max(0, self.num_steps - self.step) * self.step_seconds
+        return self.steps_left * self.step_seconds
 
     @property
     def last_mark(self) -> float | None:
@@ -89,7 +90,8 @@ def look(run_dir: Path) -> RunState:
     state, why = judge(run_dir, launch, rings, processes, step, num_steps, incidents)
     slow = [each for each in tail(run_dir / stragglers.FILE, 4096) if {"rank", "phase", "seconds"} <= each.keys()]
     return RunState(
-        run_dir, state, why, launch, rings, processes, step, num_steps, line, evaluations[-1] if evaluations else {},
+        run_dir, state, why, launch, rings, processes, step, num_steps, left(recent, num_steps), line,
+        evaluations[-1] if evaluations else {},
         _median(recent, "tokens_per_second"), _median(recent, "step_seconds"), newest_checkpoint(run_dir), incidents,
         slow[-1] if slow else None,
     )  # fmt: skip
@@ -175,8 +177,10 @@ def how_it_ended(
     results = run_dir / "results.json"  # what fine-tuning writes last
     if results.exists() and results.stat().st_mtime >= _began(launch, rings):
         return "finished", ""
+    if over and (num_steps is None or was_in_time(run_dir)):
+        return "finished", ""
     if over:
-        return ("finished", "") if num_steps is None else ("stopped", "as asked; the same command goes on from there")
+        return "stopped", "as asked; the same command goes on from there"
     if not rings and not step and launch is None:
         return "new", "it has not been started"
     why = "its processes are gone and nothing says why: killed from outside, or the machine went down"
@@ -184,6 +188,15 @@ def how_it_ended(
         said = [line for line in last_lines(log, 3) if line.strip()]
         why = "before its first step" + (f"; the last it said: {said[-1].strip()}" if said else "")
     return "ended", why
+
+
+def was_in_time(run_dir: Path) -> bool:
+    """Whether a run with train.budget ended because its time was over: nobody asked it to, so it does not say so."""
+    steps, _ = newest_lines(metrics_file(run_dir))
+    log = log_file(run_dir / "logs", 0)
+    if not steps or "time_share" not in steps[-1] or not log.exists():
+        return False
+    return not any(line.startswith("stopped at step") for line in last_lines(log, 20))
 
 
 def _failures(
@@ -261,6 +274,18 @@ def number_of_steps(run_dir: Path) -> int | None:
         return int(config["train"]["num_steps"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         return None
+
+
+def left(recent: list[dict[str, Any]], num_steps: int | None) -> float | None:
+    """Steps that are left, by num_steps and, where lines have the `time_share` of a budget, by how fast that grows."""
+    if num_steps is None or not recent:
+        return None
+    first, last = recent[0], recent[-1]
+    steps = float(max(0, num_steps - last["step"]))
+    grown = last.get("time_share", 0.0) - first.get("time_share", 0.0)
+    if grown > 0:
+        steps = min(steps, (1 - last["time_share"]) * (last["step"] - first["step"]) / grown)
+    return steps
 
 
 def newest_checkpoint(run_dir: Path) -> int | None:

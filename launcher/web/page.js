@@ -149,7 +149,7 @@ function range(series, chart, isLog) {
   if (isLog) return [low * 0.97, high * 1.03];
   if (chart.zero) low = Math.min(0, low);
   const room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
-  return [chart.zero && low === 0 ? 0 : low - room, high + room];
+  return [low >= 0 && low < room ? 0 : low - room, high + room];
 }
 function drawCharts() {
   const place = byId("charts");
@@ -173,14 +173,16 @@ function drawChart(chart, series) {
   const scale = isLog ? (value) => Math.log(Math.max(value, low) / low) / Math.log(high / low)
     : (value) => (value - low) / (high - low);
   const y = (value) => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * Math.min(1.02, Math.max(-0.02, scale(value)));
-  const picture = svg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, height: HEIGHT, role: "img", "aria-label": chart.title });
+  const picture = svg("svg",
+    { viewBox: `0 0 ${width} ${HEIGHT}`, height: HEIGHT, role: "img", "aria-label": chart.title });
   for (const value of isLog ? logTicks(low, high) : ticks(low, high, 4)) {
     const at = y(value).toFixed(1);
     picture.append(svg("path", { class: "grid", d: `M${LEFT} ${at}H${width - RIGHT}` }),
       svg("text", { x: LEFT - 7, y: Number(at) + 4, "text-anchor": "end" }, chart.format(value)));
   }
   for (const step of ticks(first, last, Math.min(6, Math.floor(width / 80))).filter(Number.isInteger)) {
-    picture.append(svg("text", { x: x(step), y: HEIGHT - 7, "text-anchor": "middle" }, step >= 1e5 ? short(step) : whole(step)));
+    const shown = step >= 1e5 ? short(step) : whole(step);
+    picture.append(svg("text", { x: x(step), y: HEIGHT - 7, "text-anchor": "middle" }, shown));
   }
   picture.append(svg("path", { class: "axis", d: `M${LEFT} ${HEIGHT - BOTTOM}H${width - RIGHT}` }));
   for (const each of series) drawSeries(picture, each, x, y);
@@ -193,7 +195,8 @@ function drawChart(chart, series) {
     showTip(event, chart, series, step);
   });
   picture.addEventListener("mouseleave", () => { cursor.setAttribute("d", ""); byId("tip").hidden = true; });
-  chart.card.replaceChildren(element("div", { class: "head" }, element("h2", {}, chart.title), legend(series)), picture);
+  const head = element("div", { class: "head" }, element("h2", {}, chart.title), legend(series));
+  chart.card.replaceChildren(head, picture);
 }
 function drawSeries(picture, { run, points, isHeldOut }, x, y) {
   const at = (step, value) => `${x(step).toFixed(1)} ${y(value).toFixed(1)}`;
@@ -259,7 +262,8 @@ function lanes(run, index) {
   const marks = run.ranks.flatMap(({ marks: each }) => each.map(([ago]) => ago));
   const span = Math.min(width < 600 ? 4 : 12, Math.max(0.05, ...marks)), height = run.ranks.length * lane + 20;
   const x = (ago) => left + (width - left - right) * (1 - Math.min(ago, span) / span);
-  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": "phases of the ranks" });
+  const picture = svg("svg",
+    { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": "phases of the ranks" });
   run.ranks.forEach((rank, row) => {
     const y = row * lane;
     picture.append(svg("text", { x: 0, y: y + 12 }, `rank ${rank.rank}`));
@@ -280,17 +284,20 @@ function lanes(run, index) {
   const keys = used.map((phase) => element("span", { class: "key" },
     svg("svg", { viewBox: "0 0 14 10" }, svg("rect", { class: phase, width: 14, height: 10, rx: 2 })), phase));
   const more = run.num_ranks > run.ranks.length ? ` (the first ${run.ranks.length} of ${whole(run.num_ranks)})` : "";
-  const slow = run.straggler;
-  const said = slow && run.num_ranks > 1 ? element("p", { class: "why" }, `slowest of the last minute: rank ${slow.rank} in ` +
-    `${slow.phase}, ${number(slow.seconds, short)} s a step; median ${number(slow.median_seconds, short)} s`) : null;
+  const slow = run.straggler, isOneOfMany = states.runs.length > 1;
+  const said = slow && run.num_ranks > 1 ? element("p", { class: "why" },
+    `slowest of the last minute: rank ${slow.rank} in ${slow.phase}, ${number(slow.seconds, short)} s a step; ` +
+    `median ${number(slow.median_seconds, short)} s`) : null;
   return element("article", { class: "card lanes" },
-    element("h2", {}, states.runs.length > 1 ? swatch(index) : null, `what the ranks do${states.runs.length > 1 ? ": " + run.name : ""}${more}`),
+    element("h2", {}, isOneOfMany ? swatch(index) : null, "what the ranks do", isOneOfMany ? `: ${run.name}` : "",
+      more),
     picture, element("div", { class: "phases" }, ...keys), said);
 }
 
 // --- incidents and samples ---------------------------------------------------------------------------------------
 function drawIncidents() {
-  const found = states.runs.flatMap((run, index) => hidden.has(index) ? [] : run.incidents.map((each) => ({ ...each, index })));
+  const found = states.runs.flatMap((run, index) =>
+    hidden.has(index) ? [] : run.incidents.map((each) => ({ ...each, index })));
   if (!found.length) { byId("incidents").replaceChildren(); return; }
   found.sort((one, other) => other.time - one.time);
   const head = element("tr", {}, ...["when", "what", "step", "rank", ""].map((name) => element("th", {}, name)));
@@ -298,9 +305,10 @@ function drawIncidents() {
     element("td", {}, states.runs.length > 1 ? swatch(each.index) : null, each.time ? clock(each.time) : ""),
     element("td", {}, each.kind), element("td", {}, number(each.step, whole).replace("–", "")),
     element("td", {}, each.rank == null ? "" : String(each.rank)), element("td", {}, each.text)));
-  const number_ = states.runs.reduce((sum, run) => sum + run.num_incidents, 0);
+  const total = states.runs.reduce((sum, run) => sum + run.num_incidents, 0);
   byId("incidents").replaceChildren(element("article", { class: "card" },
-    element("h2", {}, `incidents (${whole(number_)})`), element("div", { class: "table" }, element("table", {}, head, ...rows))));
+    element("h2", {}, `incidents (${whole(total)})`),
+    element("div", { class: "table" }, element("table", {}, head, ...rows))));
 }
 function drawSamples() {
   const cards = states.runs.flatMap((run, index) => run.samples.length && !hidden.has(index) ? [element("article",
@@ -314,7 +322,8 @@ function draw() {
   drawRuns(); drawCharts(); drawRanks(); drawIncidents();
   const running = states.runs.filter((run) => run.state === "running").length;
   document.title = states.runs.length === 1
-    ? `${states.runs[0].state} ${whole(states.runs[0].step)} · ${states.runs[0].name}` : `${running} of ${states.runs.length} running`;
+    ? `${states.runs[0].state} ${whole(states.runs[0].step)} · ${states.runs[0].name}`
+    : `${running} of ${states.runs.length} running`;
 }
 async function ask(path) {
   const answer = await fetch(path, { signal: AbortSignal.timeout(15000) });

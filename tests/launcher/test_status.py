@@ -17,7 +17,7 @@ from launcher.cli import main
 from launcher.run_state import duration, look
 from launcher.status import describe
 from tests.conftest import ROOT
-from tests.launcher.run_directories import dead_pid, make_ring, make_run
+from tests.launcher.run_directories import dead_pid, make_ring, make_run, step_line
 
 
 def now_in(phase: str, step: int = 40, seconds_ago: float = 0.1) -> list[tuple[float, int, str]]:
@@ -52,6 +52,20 @@ def test_run_that_was_asked_to_stop_is_stopped(tmp_path):
     make_run(tmp_path / "run")
     make_ring(tmp_path / "run", 0, 1, now_in("end"), pid=dead_pid())
     assert look(tmp_path / "run").state == "stopped"
+
+
+def test_run_with_a_budget_has_the_time_left_by_it_and_is_finished_when_it_is_over(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    lines = [step_line(step) | {"time_share": 0.1 + 0.02 * step} for step in range(1, 41)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_ring(run_dir, 0, 1, now_in("forward"))
+    assert look(run_dir).seconds_left == pytest.approx((1 - 0.9) / 0.02 * 0.2)
+    make_ring(run_dir, 0, 1, now_in("end"), pid=dead_pid())
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs/rank-0.log").write_text("step 40\n")
+    assert look(run_dir).state == "finished"
+    (run_dir / "logs/rank-0.log").write_text("stopped at step 40, which is saved\n")
+    assert look(run_dir).state == "stopped"
 
 
 def test_run_that_failed_says_which_rank_failed_first_and_its_exit_code(tmp_path, capsys):
