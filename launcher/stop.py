@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from configs.errors import ConfigError
+from configs.launches import Launch
 from launcher.run_state import ALIVE, RunState, duration, launcher_state, look
 from launcher.status import ranks_line, state_line
 
@@ -49,8 +50,14 @@ def receiver(run: RunState, now: bool) -> tuple[str, Callable[[], None]]:
         job = launch.job
         return f"job {job}", lambda: cancel(job, run, now)
     ranks = [ring.pid for ring, state in zip(run.rings, run.processes, strict=True) if ring and state in ALIVE]
-    if launch and launch.pid and launches and (launch.kind != "mpi" or not ranks):  # mpirun would give them 5 seconds
+    if launch and launch.pid and launches and not (ranks and starts_others(launch)):
         pid = launch.pid
+        if starts_others(launch) and run.rings and not now:
+            raise ConfigError(
+                f"{run.run_dir}: its ranks run on {run.rings[0].host if run.rings[0] else 'other machines'}, and their "
+                f"launcher here would end them without a checkpoint; nothing was sent. There: millstream stop "
+                f"{run.run_dir}; here, without a checkpoint: --now"
+            )
         return f"its launcher (pid {pid})", lambda: terminate([pid], now)
     if ranks:
         which = f"its ranks (pids {', '.join(map(str, ranks[:8]))})" if now else f"a rank (pid {ranks[0]})"
@@ -59,6 +66,13 @@ def receiver(run: RunState, now: bool) -> tuple[str, Callable[[], None]]:
     raise ConfigError(
         f"{run.run_dir}: runs on {host}, not on this machine; nothing was sent. There: millstream stop {run.run_dir}"
     )
+
+
+def starts_others(launch: Launch) -> bool:
+    """Whether the ranks are another program's, mpirun's or pdsh's: told to end, it gives them no time to save."""
+    words = launch.command
+    launcher = words[words.index("--launcher") + 1] if "--launcher" in words[:-1] else "ssh"
+    return launch.kind == "mpi" or (launch.kind == "hosts" and launcher != "ssh")
 
 
 def terminate(pids: list[int], now: bool) -> None:

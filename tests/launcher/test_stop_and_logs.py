@@ -138,6 +138,28 @@ def test_rank_is_asked_where_the_launcher_is_gone(tmp_path, capsys):
     assert rank.wait() == -signal.SIGTERM
 
 
+def test_other_programs_launchers_are_not_asked_because_they_give_no_time_to_save(tmp_path, capsys):
+    make_run(tmp_path)
+    launcher, rank = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
+    for process in (launcher, rank):
+        threading.Thread(target=process.wait, daemon=True).start()
+    try:
+        write_launch(tmp_path, Launch("hosts", ["millstream", "pretrain", "x", "--launcher", "pdsh"], pid=launcher.pid))
+        make_ring(tmp_path, 0, 1, [(time.time(), 3, "forward")], host="node7")
+        with pytest.raises(ConfigError, match="its ranks run on node7, and their launcher here would end them without"):
+            stop_run(tmp_path, now=False)
+        make_ring(tmp_path, 0, 1, [(time.time(), 3, "forward")], pid=rank.pid)
+        monitor = threading.Thread(target=lambda: (rank.wait(), launcher.kill()))
+        monitor.start()
+        assert stop_run(tmp_path, now=False) == 0
+        assert f"asked a rank (pid {rank.pid})" in capsys.readouterr().out
+        monitor.join(10)
+        assert rank.wait() == -signal.SIGTERM and launcher.wait() == -signal.SIGKILL
+    finally:
+        launcher.kill()
+        rank.kill()
+
+
 def test_job_gets_the_signal_through_scancel(tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "run")
     write_launch(tmp_path / "run", Launch("slurm", [], job="17"))
