@@ -15,7 +15,7 @@ const PHASES = ["start", "data", "forward", "backward", "reduce", "step", "evalu
 const GOOD = ["running", "finished"], BAD = ["failed", "ended", "silent"];
 const NUM_COLOURS = 8, HEIGHT = 210, LEFT = 52, RIGHT = 12, TOP = 10, BOTTOM = 24;
 
-let states = { runs: [], time: 0 }, curves = { runs: [] }, seen = "", heard = 0;
+let states = { runs: [], time: 0 }, curves = { runs: [] }, seen = "", told = "", heard = 0;
 const hidden = new Set();
 const byId = (id) => document.getElementById(id);
 
@@ -79,6 +79,7 @@ function runCard(run, index) {
   box.checked = !hidden.has(index);
   box.addEventListener("change", () => {
     if (box.checked) hidden.delete(index); else hidden.add(index);
+    told = "";
     draw();
   });
   const kind = GOOD.includes(run.state) ? "good" : BAD.includes(run.state) ? "bad" : "wait";
@@ -311,15 +312,18 @@ function drawIncidents() {
     element("div", { class: "table" }, element("table", {}, head, ...rows))));
 }
 function drawSamples() {
+  const title = (run, index) => states.runs.length > 1 ? [swatch(index), `samples of ${run.name}`] : ["samples"];
   const cards = states.runs.flatMap((run, index) => run.samples.length && !hidden.has(index) ? [element("article",
-    { class: "card" }, element("h2", {}, swatch(index), `samples of ${run.name}`),
+    { class: "card" }, element("h2", {}, ...title(run, index)),
     ...run.samples.map((sample) => element("pre", {}, sample)))] : []);
   byId("samples").replaceChildren(...cards);
 }
 
 // --- keeping up --------------------------------------------------------------------------------------------------
 function draw() {
-  drawRuns(); drawCharts(); drawRanks(); drawIncidents();
+  drawRuns(); drawCharts(); drawRanks();
+  const texts = JSON.stringify(states.runs.map((run) => [run.incidents, run.samples]));
+  if (texts !== told) { drawIncidents(); drawSamples(); told = texts; }  // else what a reader has marked would be lost
   const running = states.runs.filter((run) => run.state === "running").length;
   document.title = states.runs.length === 1
     ? `${states.runs[0].state} ${whole(states.runs[0].step)} · ${states.runs[0].name}`
@@ -332,13 +336,11 @@ async function ask(path) {
 }
 async function keepUp() {
   try {
-    const before = JSON.stringify(states.runs.map((run) => run.samples));
     states = await ask("state.json");
     const versions = states.runs.map((run) => run.version).join();
     if (versions !== seen) { curves = await ask("curves.json"); seen = versions; }
     heard = Date.now();
     draw();
-    if (before !== JSON.stringify(states.runs.map((run) => run.samples))) drawSamples();
   } catch {
     // said below, and tried again
   }

@@ -164,10 +164,11 @@ def browser() -> str:
 
 
 def page_in_browser(url: str, tmp_path: Path, *flags: str) -> str:
-    """The document as it is after the page has asked for news a few times."""
+    """The document as it is after the page has asked for news a few times; nothing may have been complained about."""
     command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
-               "--virtual-time-budget=5000", *flags, "--dump-dom", url]  # fmt: skip
+               "--virtual-time-budget=5000", "--enable-logging=stderr", *flags, "--dump-dom", url]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in shown.stderr, shown.stderr
     return shown.stdout
 
 
