@@ -16,8 +16,9 @@ from typing import Any
 from configs import stragglers
 from launcher.curves import Curves
 from launcher.run_state import RunState, look, metrics_file, seconds_of
+from launcher.utilisation import share_per_token
 
-KEYS = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_second", "mfu")
+KEYS = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_second")
 MEMORY_KEYS = ("memory_bytes", "gpu_bytes")
 READ_SECONDS = 0.5  # at a time, of one run's metrics
 LOOK_SECONDS = 1.0
@@ -39,10 +40,32 @@ class Watched:
     state: RunState
     looked: float = 0.0  # by time.monotonic
     samples: list[str] = field(default_factory=list)
+    device: tuple[str, int] | None = None  # the GPU and the number of ranks that `share` is for
+    share: float | None = None  # of the GPUs' peak, of one token a second
 
     @property
     def version(self) -> int:
         return self.curves.version + self.memory.version
+
+    @property
+    def mfu(self) -> float | None:
+        speed = self.state.tokens_per_second
+        return None if self.share is None or speed is None else self.share * speed
+
+    def points(self) -> dict[str, list[list[float]]]:
+        points = self.curves.points() | self.memory.points()
+        if self.share is not None and "tokens_per_second" in points:
+            points["mfu"] = [
+                [step, *(self.share * each for each in rest)] for step, *rest in points["tokens_per_second"]
+            ]
+        return points
+
+    def look_again(self) -> None:
+        self.state, self.looked = look(self.run_dir), time.monotonic()
+        self.samples = read_samples(self.run_dir)
+        device = str((self.state.straggler or {}).get("device", "")), len(self.state.rings)
+        if device[0] and device != self.device:
+            self.device, self.share = device, share_per_token(self.run_dir, *device)
 
 
 class Board:
@@ -65,8 +88,7 @@ class Board:
         for run in self.runs:
             patience = QUEUE_LOOK_SECONDS if run.state.launch and run.state.launch.kind == "slurm" else LOOK_SECONDS
             if time.monotonic() - run.looked >= patience:
-                run.state, run.looked = look(run.run_dir), time.monotonic()
-                run.samples = read_samples(run.run_dir)
+                run.look_again()
             if (path := metrics_file(run.run_dir)) != run.curves.path:  # fine-tuning has begun its next seed
                 run.curves = Curves(path, KEYS)
             is_done = run.curves.read(READ_SECONDS) and is_done
@@ -94,10 +116,7 @@ class Board:
 
     def curves(self) -> dict[str, Any]:
         return {
-            "runs": [
-                {"version": run.version, "width": run.curves.width, "points": run.curves.points() | run.memory.points()}
-                for run in self.runs
-            ]
+            "runs": [{"version": run.version, "width": run.curves.width, "points": run.points()} for run in self.runs]
         }
 
 
@@ -129,7 +148,7 @@ def describe(run: Watched) -> dict[str, Any]:
         "tokens": finite(state.line.get("tokens")),
         "tokens_per_second": finite(state.tokens_per_second),
         "step_seconds": finite(state.step_seconds),
-        "mfu": finite(state.line.get("mfu")),
+        "mfu": finite(run.mfu),
         "checkpoint": state.checkpoint,
         "last_mark": state.last_mark,
         "num_ranks": len(state.rings),

@@ -23,7 +23,7 @@ def metrics_text(board: Board) -> str:
     """All families, each with one sample a run, rank or kind; a number that is not known is left out."""
     families: dict[str, tuple[str, str, list[Sample]]] = {}
     for run in board.runs:
-        for name, kind, meaning, labels, value in samples(run.state):
+        for name, kind, meaning, labels, value in samples(run.state, run.mfu):
             family = families.setdefault(name, (kind, meaning, []))
             family[2].append(({"run": run.name} | labels, value))
     lines = []
@@ -35,7 +35,7 @@ def metrics_text(board: Board) -> str:
     return "\n".join(lines) + "\n"
 
 
-def samples(state: RunState) -> Iterator[tuple[str, str, str, dict[str, str], float]]:
+def samples(state: RunState, mfu: float | None) -> Iterator[tuple[str, str, str, dict[str, str], float]]:
     """(name, type, meaning, labels, value) of one run."""
     for name in STATES:
         yield "state", "gauge", "1 for the state the run is in", {"state": name}, float(state.state == name)
@@ -49,7 +49,7 @@ def samples(state: RunState) -> Iterator[tuple[str, str, str, dict[str, str], fl
         ("tokens", "Tokens seen", state.line.get("tokens")),
         ("tokens_per_second", "Median over the newest 50 steps", state.tokens_per_second),
         ("step_seconds", "Median over the newest 50 steps", state.step_seconds),
-        ("mfu", "Model FLOPs utilisation of the newest step, 0 to 1", state.line.get("mfu")),
+        ("mfu", "Model FLOPs utilisation at that speed, 0 to 1", mfu),
         ("seconds_left", "In steps, at the newest speed", state.seconds_left),
         ("checkpoint_step", "Step of the newest finished checkpoint", state.checkpoint),
         ("ranks", "Ranks of the newest start", len(state.rings)),

@@ -81,8 +81,6 @@ def number_rows(run: RunState) -> list[tuple[str, str]]:
         text = f"{run.tokens_per_second:,.0f} tokens/s"
         if run.step_seconds is not None:
             text += f", {run.step_seconds:.3g} s a step"
-        if isinstance(run.line.get("mfu"), float):
-            text += f", MFU {100 * run.line['mfu']:.1f} %"
         rows.append(("speed", text))
     return rows
 

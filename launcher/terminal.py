@@ -67,6 +67,8 @@ def body(run: Watched, width: int, with_details: bool) -> RenderableType:
     progress = f"step {state.step:,}" + (f" of {state.num_steps:,}" if state.num_steps else "")
     if state.seconds_left:
         progress += f", about {duration(state.seconds_left)} left"
+    if run.mfu is not None:
+        progress += f", MFU {run.mfu:.1%}"
     if state.checkpoint is not None:
         progress += f", checkpoint {state.checkpoint:,}"
     parts.append(Text(progress))

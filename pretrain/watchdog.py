@@ -50,16 +50,18 @@ def watch(run_dir: str, rank: int, world_size: int, stall_seconds: int | None) -
         watching = (words, file, Path(run_dir), world_size, patience)
         threading.Thread(target=_end_when_quiet, args=watching, name="watchdog", daemon=True).start()
     if rank == 0:
-        arguments = (Path(run_dir), world_size, device_memory)
+        arguments = (Path(run_dir), world_size, device)
         threading.Thread(target=report_each_minute, args=arguments, name="stragglers", daemon=True).start()
     mark = marker(words)
     mark("start", 0)
     return mark
 
 
-def device_memory() -> dict[str, int]:
-    """What this rank has had allocated on its GPU at most, for a line of stragglers.jsonl; empty on a CPU."""
-    return {"gpu_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {}
+def device() -> dict[str, int | str]:
+    """This rank's GPU and what it has had allocated there at most, for a line of stragglers.jsonl; empty on a CPU."""
+    if not torch.cuda.is_initialized():
+        return {}
+    return {"gpu_bytes": torch.cuda.max_memory_allocated(), "device": torch.cuda.get_device_name()}
 
 
 def _end_when_quiet(words: memoryview, stacks: BinaryIO, run_dir: Path, world_size: int, patience: float) -> None:
