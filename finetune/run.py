@@ -99,6 +99,7 @@ def train(
     schedule = ScheduleConfig(type="linear", warmup_steps=round(tuning.warmup_share * num_steps), final_share=0.0)
     batches = shuffled_batches(rows, chosen, tuning.batch_size, seed)
     seed_dir = Path(config.run_dir) / f"seed-{seed}"
+    num_skipped = 0
     with open_metrics(seed_dir, 0, num_steps, config.log, ranks.is_first) as metrics:
         for step, batch in zip(range(num_steps), batches, strict=False):  # the batches never end
             started = time.perf_counter()
@@ -107,26 +108,35 @@ def train(
             lr = learning_rate(step, num_steps, tuning.optimizer.lr, schedule)
             engine.set_lr(model, lr)
             model.train()
-            loss = train_step(config, model, task, [rows[i] for i in batch], padding_id, ranks)
+            line = train_step(config, model, task, [rows[i] for i in batch], padding_id, ranks)
             speed = len(batch) / (time.perf_counter() - started)
-            norm = engine.grad_norm(model)
-            metrics.log({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "examples_per_second": speed})
+            metrics.log({"step": step + 1, "lr": lr, **line, "examples_per_second": speed})
+            num_skipped += "skipped" in line
+    if num_skipped and ranks.is_first:
+        print(f"seed {seed}: {num_skipped} of {num_steps} steps had no update, see {seed_dir}/metrics.jsonl")
 
 
 def train_step(
     config: FinetuneConfig, model: Any, task: ModuleType, batch: list[Row], padding_id: int, ranks: Runtime
-) -> float:
-    """One optimizer step on `batch`, of which each rank takes its part; returns the mean loss over its targets."""
+) -> dict[str, float]:
+    """One optimizer step on `batch`, of which each rank takes its part; returns its line for metrics.jsonl.
+
+    The loss is the mean over the batch's targets. A loss or gradient that is not finite leaves the model as it was; the
+    line then has `skipped`.
+    """
     num_targets = sum(count_targets(row) for row in batch)
     mine = part_of_rank(batch, config.tuning.batch_size, ranks)
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(mine), config.tuning.micro_batch_size):
         tensors = collate(mine[start : start + config.tuning.micro_batch_size], padding_id)
         loss = task.loss(model, runtime.to_device(tensors, ranks.device)) / num_targets
+        if start:
+            model.step()  # between two micro batches it only counts
         engine.backward(model, loss)
-        model.step()  # clips and updates after the last of the micro batches, only counts before
         total += loss.detach().double().cpu()
-    return ranks.sum(total).item()
+    mean = ranks.sum(total).item()
+    is_updated = engine.update(model, is_wanted=math.isfinite(mean))  # clips; refuses what is not finite
+    return {"loss": mean, "grad_norm": engine.grad_norm(model), **({} if is_updated else {"skipped": 1})}
 
 
 @torch.no_grad()
