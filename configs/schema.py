@@ -294,7 +294,8 @@ class GuardConfig(Section):
     non_finite_limit: PositiveInt = 3  # steps in a row that had no update, after which the run stops with 70
     # A loss so many standard deviations above those of the steps before is a spike; none: nothing is one. See spikes.py
     spike_sigmas: Annotated[float, Field(gt=0)] | None = None
-    spike_rollback: bool = False  # at a spike, go back to the newest checkpoint before it and pass over batches
+    spike_rollback: bool = False  # at a spike, go back to a checkpoint before it and pass over batches
+    spike_margin_steps: PositiveInt = 100  # the checkpoint is so much older than the spike, where there is such a one
     spike_skip_batches: PositiveInt = 200  # global batches passed over then, at least up to that of the spike
     spike_rollback_limit: Annotated[int, Field(ge=0)] = 5  # a spike after so many rollbacks stops the run with 70
     verify_every_steps: PositiveInt | None = None  # such a step is computed twice, bitwise compared; see verify.py

@@ -290,6 +290,13 @@ def remove_all_but(run_dir: Path, steps: set[int]) -> None:
             _remove(path)
 
 
+def remove_after(run_dir: Path, step: int) -> None:
+    """Remove all checkpoints of steps after `step`, the newest first."""
+    for path in reversed(step_directories(run_dir)):
+        if (step_of(path.name) or 0) > step:
+            _remove(path)
+
+
 def _remove(path: Path) -> None:
     aside = path.with_name(f".removing-{path.name}")
     path.rename(aside)  # first, or a crash would leave half of it under its name

@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,19 @@ class Saver:
             self._finish_saving()
         while self._copying:
             self._finish_copying()
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which the run does not go on from; every rank calls it after `finish`.
+
+        The newest first, so that at any moment the newest is one that the run has had. What was copied to an address
+        stays there, until the run comes to its step again.
+        """
+        if self.runtime.is_first:
+            with self.uploader.changed if self.uploader else nullcontext():
+                checkpoint.remove_after(self.run_dir, step)
+        if self.local is not None and self.runtime.local_rank == 0:
+            checkpoint.remove_after(self.local, step)
+        self.runtime.barrier()
 
     def close(self) -> None:
         """As `finish`, and wait for checkpoints on their way to an address; every rank calls it."""

@@ -5,9 +5,11 @@ level is the median of the last WINDOW ones, their deviation comes from the diff
 the fall of the loss hardly shows: 1.4826 x median |d| / sqrt 2, the standard deviation of normally distributed numbers.
 Single spikes move neither. The window is in `TrainState`, so a resumed run judges as the undisturbed one.
 
-Going back is the recipe of PaLM (Chowdhery et al. 2022, section 5.1): the newest checkpoint from before the spike, and
-the next `guard.spike_skip_batches` batches are passed over. They saw that a spike does not come back then, though the
-same batches do no harm from other weights: it takes both, a state of the weights and certain batches.
+Going back is the recipe of PaLM (Chowdhery et al. 2022, section 5.1): to a checkpoint from about 100 steps before
+(`guard.spike_margin_steps`), because a newer one may be of weights that are on their way to the spike; and the next
+`guard.spike_skip_batches` batches are passed over. Later checkpoints are removed, or a resume would go on from them.
+They saw that a spike does not come back then, though the same batches do no harm from other weights: it takes both, a
+state of the weights and certain batches.
 """
 
 from __future__ import annotations
@@ -76,7 +78,11 @@ def watch(
         return after, False
     saver.finish()
     say: Callable[[str], None] = print if ranks.is_first else lambda text: None
-    found = checkpoint.newest_valid(run_dir, say, ranks, last=state.step - 1)
+    found = checkpoint.newest_valid(run_dir, say, ranks, last=state.step - config.guard.spike_margin_steps)
+    if (
+        found is None or found.state.passed_over != state.passed_over
+    ):  # not behind an earlier rollback: it would not count
+        found = checkpoint.newest_valid(run_dir, say, ranks, last=state.step - 1)
     if found is None:
         say("there is no checkpoint from before it: the run goes on")
         return after, False
@@ -124,5 +130,6 @@ def go_back(
         numbers = {"from_step": state.step, "first_batch": before.batch, "num_batches": num_batches}
         append_incident(config.run_dir, "rollback", text, step=before.step, **numbers)
     metrics.go_back(before.step)
+    saver.forget_after(before.step)
     saver.save(after, engine.fragments(model), facts(config, data, after.batch))
     return after

@@ -71,6 +71,15 @@ def test_checkpoint_exists_only_once_no_rank_writes(tmp_path):
         assert steps(tmp_path) == ["step-00000001"]
 
 
+def test_after_going_back_no_later_checkpoint_is_there_to_resume_from(tmp_path):
+    with open_saver(tmp_path, CheckpointConfig(keep_last=9), Alone()) as saver:
+        for step in (2, 4, 6, 8):
+            saver.save(TrainState(step), fragment(torch.ones(5)), {})
+        saver.finish()
+        saver.forget_after(4)
+        assert steps(tmp_path) == ["step-00000002", "step-00000004"]
+
+
 def test_save_that_is_due_while_one_goes_on_waits_for_it(tmp_path):
     with open_saver(tmp_path, CheckpointConfig(), Alone()) as saver:
         saver.save(TrainState(1), fragment(torch.ones(5_000_000)), {})

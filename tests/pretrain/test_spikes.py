@@ -30,7 +30,7 @@ SETTINGS = (
     "checkpoint.every_steps=10",
     "checkpoint.keep_last=9",
     "eval.every_steps=80",
-    "guard={spike_sigmas: 8, spike_rollback: true, spike_skip_batches: 6}",
+    "guard={spike_sigmas: 8, spike_rollback: true, spike_margin_steps: 9, spike_skip_batches: 6}",
 )
 
 
@@ -147,20 +147,20 @@ def test_run_goes_back_to_the_checkpoint_before_the_spike_and_never_sees_those_b
     assert (spike["kind"], rollback["kind"]) == ("spike", "rollback") and 62 <= spike["step"] <= 68
     rows = rows_of_noise(config)
     assert rows & {sample for rank in spike["sample_ids"] for _, sample in rank}
-    passed = max(6, spike["step"] - 60)
-    assert (rollback["step"], rollback["first_batch"], rollback["num_batches"]) == (60, 60, passed)
+    passed = spike["step"] - 50  # the checkpoint of step 60 is less than nine steps older than the spike
+    assert (rollback["step"], rollback["first_batch"], rollback["num_batches"]) == (50, 50, passed)
     lines = steps(gone_back)
     assert list(lines) == list(range(1, 81)) and max(line["loss"] for line in lines.values()) == lines[1]["loss"]
     numbers = [line.get("batch", step - 1) for step, line in lines.items()]
-    assert numbers == [*range(60), *range(60 + passed, 80 + passed)]
+    assert numbers == [*range(50), *range(50 + passed, 80 + passed)]
     assert [lines[step]["tokens"] for step in lines] == [8 * 32 * step for step in lines]
-    assert steps(gone_back, "rolled_back.jsonl")[spike["step"]]["loss"] == spike["loss"] > 2 * lines[60]["loss"]
+    assert steps(gone_back, "rolled_back.jsonl")[spike["step"]]["loss"] == spike["loss"] > 2 * lines[50]["loss"]
 
 
 @pytest.mark.distributed
 def test_run_resumed_right_after_it_went_back_sees_bitwise_the_same(config, gone_back):
-    resumed = pretrain(config, "resumed", 2, gone_back / "checkpoints/step-00000060")
-    assert steps(resumed) == {step: line for step, line in steps(gone_back).items() if step > 60}
+    resumed = pretrain(config, "resumed", 2, gone_back / "checkpoints/step-00000050")
+    assert steps(resumed) == {step: line for step, line in steps(gone_back).items() if step > 50}
     assert not read_incidents(resumed)
     states = [checkpoint.newest_valid(run).state for run in (resumed, gone_back)]
     assert states[0].passed_over == states[1].passed_over and states[0].recent_losses == states[1].recent_losses
