@@ -103,11 +103,11 @@ class Handler(BaseHTTPRequestHandler):
 def serve(board: Board, host: str, port: int | None) -> int:
     """Serve until Ctrl-C. Without a port: PORT, or a free one if it is taken. Raises ConfigError for a bad address."""
     server = open_server(board, host, port)
-    board.keep_fresh()
-    print(f"watching {', '.join(run.name for run in board.runs)} at {server.address} (Ctrl-C ends)", flush=True)
-    if host not in LOOPBACK:
-        print(f"bound to {host}: everybody who reaches this machine there can read metrics, samples and incidents")
     try:
+        board.keep_fresh()
+        print(f"watching {', '.join(run.name for run in board.runs)} at {server.address} (Ctrl-C ends)", flush=True)
+        if host not in LOOPBACK:
+            print(f"bound to {host}: everybody who reaches this machine there can read metrics, samples and incidents")
         server.serve_forever()
     except KeyboardInterrupt:
         print()

@@ -42,9 +42,9 @@ COLOURS = {
 
 def show(board: Board) -> int:
     """Redraw until Ctrl-C; returns 0."""
-    board.keep_fresh()
     console = Console()
     try:
+        board.keep_fresh()
         with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
             while True:
                 live.update(view(board, console.width), refresh=True)

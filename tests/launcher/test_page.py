@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +21,7 @@ from launcher.board import Board, names_of
 from launcher.cli import main
 from launcher.page import PORT, Server, open_server
 from tests.conftest import ROOT
+from tests.launcher.browser import chromium, opened
 from tests.launcher.run_directories import make_ring, make_run, step_line
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -45,7 +46,7 @@ def serve() -> Iterator[object]:
     def start(board: Board, host: str = "127.0.0.1") -> Server:
         board.refresh()
         servers.append(open_server(board, host, 0))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=servers[-1].serve_forever, args=(0.05,), daemon=True).start()
         return servers[-1]
 
     yield start
@@ -156,16 +157,9 @@ def test_command_says_where_the_page_is_and_ends_with_ctrl_c(run_dir):
     assert process.wait(timeout=10) == 0
 
 
-def browser() -> str:
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not program:
-        pytest.skip("no chromium (Debian package: chromium)")
-    return program
-
-
 def page_in_browser(url: str, tmp_path: Path, *flags: str) -> str:
     """The document as it is after the page has asked for news a few times; nothing may have been complained about."""
-    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
+    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
                "--virtual-time-budget=5000", "--enable-logging=stderr", *flags, "--dump-dom", url]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "CONSOLE" not in shown.stderr, shown.stderr
@@ -209,3 +203,37 @@ def test_browser_takes_a_picture(run_dir, tmp_path, serve):
 
     colours = Image.open(picture).convert("RGB").getcolors(1 << 20)
     assert (0x1F, 0x6F, 0xB2) in {colour for _, colour in colours}  # the curves are there
+
+
+@pytest.mark.slow
+def test_mouse_shows_values_and_a_run_can_be_taken_away_while_the_page_keeps_up(run_dir, tmp_path, serve):
+    board = Board([run_dir, make_run(tmp_path / "second", steps=30, floor=1.5)])
+    server = serve(board)
+
+    async def look() -> None:
+        async with opened(server.address, tmp_path) as page:
+            await page.wait_for("document.querySelectorAll('.line.c1').length >= 4")
+            await page.evaluate("window.sameDocument = true")
+            box = json.loads(
+                await page.evaluate("JSON.stringify(document.querySelector('.chart > svg').getBoundingClientRect())")
+            )
+            x, y = box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5
+            await page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+            shown = await page.evaluate("document.getElementById('tip').innerText")
+            found = re.search(r"second, step (\d+): (\S+)\n", shown)
+            assert found and 15 <= int(found[1]) <= 25 and shown.count("held out") == 2
+            assert found[2] == f"{step_line(int(found[1]), 1.5)['loss']:.3f}"
+
+            await page.evaluate("document.querySelectorAll('.run input')[1].click()")
+            assert await page.evaluate("document.querySelectorAll('#charts .line.c1').length") == 0
+            await page.evaluate("document.querySelectorAll('.run input')[1].click()")
+            assert await page.evaluate("document.querySelectorAll('#charts .line.c1').length") >= 4
+
+            with (run_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(step_line(41)) + "\n")
+            board.runs[0].looked = 0.0
+            board.refresh()
+            await page.wait_for("document.querySelector('.progress').textContent.includes('step 41 of 100')")
+            assert await page.evaluate("window.sameDocument") is True
+
+    asyncio.run(look())
