@@ -12,7 +12,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=[f"{name}*" for name in PACKAGES]),
-    package_data={"configs": ["*/*.yaml"], "launcher": ["web/*"]},
+    package_data={"configs": ["*/*.yaml"], "launcher": ["web/*", "scripts/slurm/*.sbatch"]},
     entry_points={"console_scripts": ["millstream = launcher.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.14",

@@ -11,13 +11,16 @@ import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.errors import ConfigError
 from configs.schema import FinetuneConfig, PretrainConfig
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -52,19 +55,31 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Loaded:
     """
     faults: list[str] = []
     origins: dict[str, str] = {}
-    values = _read_yaml(Path(path), origins, faults)
-    for word in overrides or []:
-        _apply_override(word, values, origins, faults)
-    schema: type[BaseModel] = FinetuneConfig if "task" in values else PretrainConfig
+    values = _read(path, overrides, origins, faults)
+    schema: type[PretrainConfig | FinetuneConfig] = FinetuneConfig if "task" in values else PretrainConfig
+    return Loaded(check(schema, values, str(path), origins, faults), origins)
+
+
+def load_as(schema: type[Schema], path: str | Path | None, overrides: list[str] | None = None) -> Schema:
+    """The same for another kind of file; without a `path`, what defaults and overrides make."""
+    faults: list[str] = []
+    origins: dict[str, str] = {}
+    values = _read(path, overrides, origins, faults)
+    return check(schema, values, str(path or "command line"), origins, faults)
+
+
+def check(
+    schema: type[Schema], values: dict[str, Any], path: str, origins: dict[str, str], faults: list[str]
+) -> Schema:
+    """`values` over the defaults of `schema`. Raises ConfigError with the `faults` there are and those it finds."""
     config = None
     try:
         config = schema.model_validate(_over_defaults(schema, values))
     except ValidationError as error:
-        faults += [_explain(fault, schema, origins, str(path)) for fault in error.errors()]
+        faults += [_explain(fault, schema, origins, path) for fault in error.errors()]
     if faults or config is None:
         raise ConfigError("\n".join(faults))
-    assert isinstance(config, PretrainConfig | FinetuneConfig)
-    return Loaded(config, origins)
+    return config
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
@@ -83,8 +98,10 @@ def valid_keys(schema: type[BaseModel]) -> list[str]:
     keys = []
     for name, field in schema.model_fields.items():
         keys.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += [f"{name}.{key}" for key in valid_keys(field.annotation)]
+        of_union = get_args(field.annotation) if isinstance(field.annotation, UnionType) else (field.annotation,)
+        for section in of_union:
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                keys += [f"{name}.{key}" for key in valid_keys(section)]
     return keys
 
 
@@ -100,6 +117,9 @@ class _Loader(yaml.SafeLoader):
 _Loader.yaml_implicit_resolvers = {
     first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_OF_BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"^[0-9]+(:[0-9]+)+(\.[0-9]*)?$"))  # 24:00:00 is text
+for _digit in "0123456789":
+    _Loader.yaml_implicit_resolvers[_digit].insert(0, _OF_BASE_60)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
@@ -115,6 +135,15 @@ def _over_defaults(schema: type[BaseModel], values: dict[str, Any]) -> dict[str,
             declared = {key: getattr(field.default, key) for key in type(field.default).model_fields}
             merged[name] = _over_defaults(type(field.default), {**declared, **values.get(name, {})})
     return merged
+
+
+def _read(
+    path: str | Path | None, overrides: list[str] | None, origins: dict[str, str], faults: list[str]
+) -> dict[str, Any]:
+    values = {} if path is None else _read_yaml(Path(path), origins, faults)
+    for word in overrides or []:
+        _apply_override(word, values, origins, faults)
+    return values
 
 
 def _read_yaml(path: Path, origins: dict[str, str], faults: list[str]) -> dict[str, Any]:

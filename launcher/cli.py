@@ -32,6 +32,7 @@ usage: millstream VERB CONFIG [key=value ...]
                                --fit: choose micro batch, ZeRO stage, checkpointing; --probe: measure this machine
   plan table --gpu NAME        the smallest cluster for each size from 124M to 175B
   pretrain CONFIG              train; goes on from the newest checkpoint of run_dir
+  submit slurm CONFIG          train in a SLURM queue until the run is done: --nodes 8 | 4-8, --cluster FILE, --dry-run
   prove loss CONFIG            ranks, ZeRO stages, packing, kernels, precision ... against plain float32 (steps=4)
   prove resume CONFIG          kills and resumes a short run and compares it with an undisturbed one (steps=8)
   prove kills CONFIG           the same with ranks killed at many random moments (kills=100 steps=40 seed=0)
@@ -112,6 +113,12 @@ def dispatch(words: list[str]) -> int:
             from launcher.doctor import doctor
 
             return doctor(rest)
+        case ["submit", *rest] if rest:
+            from launcher.slurm import submit
+
+            if num_ranks is not None:
+                raise ConfigError("--ranks is for this machine; a cluster's file has ranks_per_node")
+            return submit(rest)
         case ["export", *rest] if rest:
             return run_module("pretrain.export", rest)
         case ["status" | "logs" | "stop" | "watch", *_]:

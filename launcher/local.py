@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from configs import stalls
+from configs.errors import ConfigError
 from configs.incidents import append_incident
-from configs.load import ConfigError
 from launcher.logs import TRACEBACK_LINES, begin_logs, last_lines, log_file
 from launcher.started import Node
 from launcher.tee import open_output

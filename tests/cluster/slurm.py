@@ -36,19 +36,23 @@ SlurmdLogFile={folder}/log/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 SlurmctldTimeout=10
-SlurmdTimeout=10
+SlurmdTimeout=6
 KillWait=5
 JobCompType=jobcomp/none
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 SwitchType=switch/none
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cores} RealMemory=8000 State=UNKNOWN
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """  # noqa: E501 - a node is a line
 
 
@@ -88,6 +92,7 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
         wait_until_idle(environment)
         yield environment
     finally:
+        end_jobs(environment)
         end(folder)
 
 
@@ -109,12 +114,27 @@ def wait_until_idle(environment: dict[str, str]) -> None:
     deadline = time.monotonic() + START_SECONDS
     states: list[str] = []
     while time.monotonic() < deadline:
-        listed = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], env=environment, capture_output=True, text=True)
+        listed = subprocess.run(
+            ["sinfo", "-h", "-N", "-p", "main", "-o", "%T"], env=environment, capture_output=True, text=True
+        )
         states = listed.stdout.split()
         if states == ["idle"] * NUM_NODES:
             return
         time.sleep(0.2)
     raise RuntimeError(f"the nodes are {states} after {START_SECONDS} s")
+
+
+def end_jobs(environment: dict[str, str]) -> None:
+    """Cancel what a failed test has left: steps outlive the daemons."""
+    listed = subprocess.run(["squeue", "-h", "-o", "%A"], env=environment, capture_output=True, text=True)
+    if not (jobs := listed.stdout.split()):
+        return
+    subprocess.run(["scancel", *jobs], env=environment)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if not subprocess.run(["squeue", "-h"], env=environment, capture_output=True, text=True).stdout.strip():
+            return
+        time.sleep(0.2)
 
 
 def end(folder: Path) -> None:
