@@ -132,23 +132,24 @@ def judge(
         where = f"job {launch.job} is {state}" + (f" ({reason})" if reason not in ("", "None") else "")
         return ("queued" if state in ("PENDING", "CONFIGURING", "REQUEUED") else "running"), where
     launcher = launcher_state(launch)
-    if any(process in ALIVE for process in processes):
-        stopped = [rank for rank, process in enumerate(processes) if process == "stopped"]
-        if stopped:
-            return "running", f"but the process of rank {stopped[0]} is stopped (SIGSTOP): kill -CONT lets it go on"
-        starts = all(ring is None or ring.phase == "start" for ring in rings)
-        return ("starting", "it imports, opens its data or loads a checkpoint") if starts else ("running", "")
+    last_mark = max((ring.since for ring in rings if ring), default=0.0)
+    quiet = max(0.0, time.time() - last_mark)
+    if any(process in ALIVE for process in processes) or (launcher in ALIVE and "elsewhere" in processes):
+        if "stopped" in processes:
+            rank = processes.index("stopped")
+            return "running", f"but the process of rank {rank} is stopped (SIGSTOP): kill -CONT lets it go on"
+        if all(ring is None or ring.phase == "start" for ring in rings):
+            return "starting", "it imports, opens its data or loads a checkpoint"
+        return "running", f"but no rank has made a mark for {duration(quiet)}" if quiet > LATE_SECONDS else ""
     if launcher in ALIVE:
         return "starting", "no rank has made a mark yet: they import, or the launcher waits before a restart"
-    last_mark = max((ring.since for ring in rings if ring), default=0.0)
     over = bool(rings) and all(ring is not None and ring.phase == "end" for ring in rings)
     if "elsewhere" in (launcher, *processes) and not over:
         host = next((ring.host for ring in rings if ring), launch.host if launch else "another machine")
-        seconds = max(0.0, time.time() - last_mark)
-        if seconds < LATE_SECONDS:
-            return "running", f"on {host}, by its marks: the last one {duration(seconds)} ago"
+        if quiet < LATE_SECONDS:
+            return "running", f"on {host}, by its marks: the last one {duration(quiet)} ago"
         if not _failures(incidents, launch, rings):
-            return "silent", f"on {host}, which cannot be asked from here: no mark for {duration(seconds)}"
+            return "silent", f"on {host}, which cannot be asked from here: no mark for {duration(quiet)}"
     return how_it_ended(run_dir, launch, rings, over, step, num_steps, incidents)
 
 

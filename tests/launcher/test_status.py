@@ -121,6 +121,15 @@ def test_run_of_another_machine_is_judged_by_its_marks(tmp_path):
     assert look(run_dir).state == "silent" and "no mark for 2 h" in look(run_dir).why
 
 
+def test_run_whose_launcher_is_here_and_whose_ranks_are_elsewhere_is_running(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    make_ring(run_dir, 0, 1, now_in("forward"), host="node7")
+    write_launch(run_dir, Launch("hosts", ["millstream"], pid=os.getpid()))
+    assert (look(run_dir).state, look(run_dir).why) == ("running", "")
+    make_ring(run_dir, 0, 1, now_in("forward", seconds_ago=600), host="node7")
+    assert look(run_dir).why == "but no rank has made a mark for 10 min"
+
+
 def test_stopped_process_of_a_rank_is_named(tmp_path):
     run_dir = make_run(tmp_path / "run")
     process = subprocess.Popen([sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 19)"])
