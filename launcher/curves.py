@@ -58,7 +58,7 @@ class Curves:
                     if time.monotonic() > deadline:
                         return self._place >= stat.st_size
         except OSError:
-            return True
+            pass  # not there yet: there is nothing to read
         self.share_read = 1.0
         return True
 

@@ -57,6 +57,13 @@ def test_growing_file_is_read_where_it_was_left_and_a_half_line_waits(tmp_path):
     assert curves.points()["loss"][-1] == [5, 5.0] and curves.version > version
 
 
+def test_run_without_metrics_yet_has_nothing_left_to_read(tmp_path):
+    curves = Curves(tmp_path / "metrics.jsonl", ("loss",))
+    assert curves.read(1) and curves.share_read == 1.0 and curves.points() == {}
+    write(tmp_path / "metrics.jsonl", range(3))
+    assert curves.read(1) and len(curves.points()["loss"]) == 3
+
+
 def test_file_that_a_resume_replaced_is_read_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, range(100))
