@@ -36,6 +36,7 @@ NUM_PARTS = 128  # of a corpus between those two sizes: enough for an even load,
 MOST_PIECES = 1 << 14  # of a part: opening that many small files takes a few seconds, and their names a few MB
 COMPRESSION = 3  # text is about this much larger than its .gz or .zst file; decides sizes of parts only
 SAMPLED_PARTS = 64  # samples for the tokenizer and its report are the beginnings of that many parts, spread evenly
+PASSING_SPEED = 12  # how many times faster text is decompressed than it is read and tokenized
 SPLITS = ("train", "validation")
 
 
@@ -206,17 +207,20 @@ def runs(todo: list[int], sizes: list[int], reach: list[int], num_own: int, num_
 
     sizes and reach: bytes of each part, and bytes to be decompressed before its first one. Small tasks keep all workers
     busy to the end, so there are up to 16 a worker. But the last part of a large compressed file can only be reached
-    through all that is before it: where that is more than a small task, there is one task a worker.
+    through all that is before it: where that is more than a small task, there is one task a worker, and what it passes
+    over counts as work.
     """
     total = sum(sizes[number] for number in todo)
-    small, large = total / (16 * num_workers), total / num_workers
+    passed_over = (num_workers - 1) / 2 * max((reach[number] for number in todo), default=0) / PASSING_SPEED
+    small, large = total / (16 * num_workers), (total + passed_over) / num_workers
+    least = total / (2 * num_workers)  # of text in a task that has much to pass over
     tasks: list[list[int]] = []
-    filled = 0
+    filled = 0.0
     for number in todo:
         begins = not tasks or tasks[-1][-1] != number - 1 or number == num_own
         if begins or filled >= large or (filled >= small and reach[number] <= small):
             tasks.append([])
-            filled = 0
+            filled = min(reach[number] / PASSING_SPEED, large - least)
         tasks[-1].append(number)
         filled += sizes[number]
     return tasks

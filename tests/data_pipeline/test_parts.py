@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from configs.load import load_pretrain
 from data_pipeline import parts
-from data_pipeline.parts import group, load_plan, part_bytes, runs, save_plan, text_bytes
+from data_pipeline.parts import PASSING_SPEED, group, load_plan, part_bytes, runs, save_plan, text_bytes
 from data_pipeline.sources import Piece
 
 sizes = st.lists(st.integers(0, 1000), max_size=60)
@@ -45,9 +45,11 @@ def test_tasks_hold_every_missing_part_once_and_only_neighbours(num_own, num_hel
 
 def test_one_compressed_file_is_one_task_a_worker():
     tasks = runs(list(range(128)), [10] * 128, [10 * part for part in range(128)], 128, 2)
-    assert [len(task) for task in tasks] == [4, 64, 60]  # one more where the beginning is still near
-    passed_over = sum(10 * task[0] for task in tasks)
-    assert passed_over < 128 * 10
+    assert [len(task) for task in tasks] == [4, 67, 57]  # one more where the beginning is still near
+    passed_over = [10 * task[0] for task in tasks]
+    assert sum(passed_over) < 128 * 10
+    work = [10 * len(task) + passed / PASSING_SPEED for task, passed in zip(tasks, passed_over, strict=True)]
+    assert abs(work[0] + work[2] - work[1]) < 10  # both workers have as much to do, to a part
 
 
 def test_files_that_can_be_read_from_anywhere_are_many_small_tasks():
