@@ -11,7 +11,8 @@ from typing import Any
 
 from configs.batch_sizes import all_sizes
 from configs.load import ConfigError
-from configs.schema import FinetuneConfig, PretrainConfig, ZeroConfig
+from configs.schema import PretrainConfig, ZeroConfig
+from configs.tuning import FinetuneConfig
 
 
 def deepspeed_json(config: PretrainConfig | FinetuneConfig, world_size: int) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.errors import ConfigError
-from configs.schema import FinetuneConfig, PretrainConfig
+from configs.schema import PretrainConfig
+from configs.tuning import FinetuneConfig
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

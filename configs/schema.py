@@ -1,7 +1,7 @@
 """Every setting of millstream, typed, with its unit in its name or beside it.
 
-A file is a `PretrainConfig` or, when it has the key `task`, a `FinetuneConfig`. Values that follow from others
-(gradient accumulation, the DeepSpeed JSON, the number of samples) are computed where they are used: no settings.
+A file is a `PretrainConfig` or, when it has the key `task`, a `FinetuneConfig` (tuning.py). Values that follow from
+others (gradient accumulation, the DeepSpeed JSON, the number of samples) are computed where they are used: no settings.
 """
 
 from __future__ import annotations
@@ -400,48 +400,3 @@ def _phase_problem(train: TrainConfig, model: ModelConfig) -> str | None:
                 f"model.max_seq_len={model.max_seq_len}; lower it or raise model.max_seq_len"
             )
     return None
-
-
-class TuningConfig(Section):
-    num_epochs: Annotated[float, Field(gt=0)] = 3.0
-    batch_size: PositiveInt = 32  # in examples, over all ranks
-    micro_batch_size: PositiveInt = 32  # in examples, on one rank at once
-    max_seq_len: PositiveInt = 128  # in tokens; longer examples are cut
-    precision: Literal["bf16", "fp32"] = "bf16"
-    dropout: Rate | None = None  # none: the model's own
-    warmup_share: Fraction = 0.06  # of all steps; the rate then falls linearly to zero
-    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # a layer's lr over that of the one above; 1: all the same
-    seeds: list[int] = [1]  # one run each; metrics are reported for each, with mean and spread
-
-
-class FinetuneConfig(Section):
-    """A downstream task on a Hugging Face directory."""
-
-    task: Literal["classification"]
-    model: str  # the directory: an export of ours or anybody's
-    from_scratch: bool = False  # same architecture and tokenizer, weights drawn anew: the baseline
-    train: str  # file of training examples: .jsonl(.gz|.zst), .tsv or .csv
-    dev: str  # file of held-out examples
-    text_keys: list[str] = ["text"]  # one column, or two for sentence pairs
-    label_key: str = "label"
-    run_dir: str
-    max_train_examples: PositiveInt | None = None  # the first ones of the shuffled file
-    tuning: TuningConfig = TuningConfig()
-    log: LogConfig = LogConfig()
-    zero: ZeroConfig = ZeroConfig()
-    launch: LaunchConfig = LaunchConfig()
-    deepspeed: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _sizes_agree(self) -> FinetuneConfig:
-        if self.tuning.batch_size % self.tuning.micro_batch_size:
-            raise ValueError(
-                f"tuning.batch_size={self.tuning.batch_size} is not a multiple of "
-                f"tuning.micro_batch_size={self.tuning.micro_batch_size}; choose a micro batch that divides it"
-            )
-        if not 1 <= len(self.text_keys) <= 2:
-            raise ValueError(f"text_keys={self.text_keys}: give one column, or two for sentence pairs")
-        if not self.tuning.seeds:
-            raise ValueError("tuning.seeds=[]: give at least one seed")
-        return self

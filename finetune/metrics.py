@@ -1,4 +1,4 @@
-"""Metrics of classification, from integer labels. Pure."""
+"""Metrics of classification, from integer labels, and of regression. Pure."""
 
 from __future__ import annotations
 
@@ -32,3 +32,26 @@ def matthews(confusion: np.ndarray) -> float:
 def _f1(confusion: np.ndarray) -> np.ndarray:
     """F1 of each label; 0 where a label neither occurs nor is predicted."""
     return 2 * np.diag(confusion) / np.maximum(1, confusion.sum(0) + confusion.sum(1))
+
+
+def regression_metrics(values: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """Pearson's and Spearman's correlation and the root of the mean squared error; both (examples,) floats."""
+    return {
+        "pearson": pearson(values, predictions),
+        "spearman": pearson(ranks(values), ranks(predictions)),
+        "rmse": float(np.sqrt(np.mean((values - predictions) ** 2))),
+    }
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """The correlation of two (examples,) arrays; 0 where one of them is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    below = np.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / below if below else 0.0
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """(examples,) fp64: the place of each value in their order, from 1; equal values share the mean of their places."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[which]

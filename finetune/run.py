@@ -27,17 +27,18 @@ from transformers.utils import logging as transformers_logging
 
 from configs.deepspeed_json import deepspeed_json
 from configs.load import ConfigError, dump, load_finetune
-from configs.schema import FinetuneConfig, ScheduleConfig
+from configs.schema import ScheduleConfig
+from configs.tuning import FinetuneConfig
 from data_pipeline import order
 from data_pipeline.shards import DataError
 from finetune.models import check_directory, load_tokenizer
-from finetune.tasks import IGNORE_INDEX, Row, classification
+from finetune.tasks import IGNORE_INDEX, ON_HOST, Row, classification, qa, regression
 from pretrain import engine, runtime
 from pretrain.metrics import open_metrics
 from pretrain.optim import learning_rate
 from pretrain.runtime import Runtime
 
-TASKS = {"classification": classification}
+TASKS = {"classification": classification, "regression": regression, "qa": qa}
 BUCKET_BATCHES = 16  # rows are sorted by length within this many batches: less padding, still well mixed
 
 
@@ -75,13 +76,14 @@ def finetune(config: FinetuneConfig, ranks: Runtime) -> None:
         )
         train(config, model, task, train_rows, tokenizer.pad_token_id, seed, ranks)
         outputs = predict(config, model, task, dev_rows, tokenizer.pad_token_id, ranks)
-        results.append(task.evaluate(examples.dev, outputs))
+        results.append(task.evaluate(config, examples.dev, dev_rows, outputs))
         if ranks.is_first:
             print(f"seed {seed}: " + ", ".join(f"{name} {value:.4f}" for name, value in results[-1].items()))
         if seed == config.tuning.seeds[0]:
             save_model(model, tokenizer, run_dir / "model", ranks)
             if ranks.is_first:
-                write_lines(run_dir / "predictions.jsonl", task.records(examples, examples.dev, outputs))
+                records = task.records(config, examples, examples.dev, dev_rows, outputs)
+                write_lines(run_dir / "predictions.jsonl", records)
         engine.close(model)
     if ranks.is_first:
         summary = {"seeds": config.tuning.seeds, **summarise(results)}
@@ -94,7 +96,7 @@ def train(
 ) -> None:
     """All epochs of one seed; writes RUN/seed-N/metrics.jsonl."""
     tuning = config.tuning
-    chosen = subset(len(rows), config.max_train_examples, seed)
+    chosen = subset(rows, config.max_train_examples, seed)
     num_steps = max(1, round(tuning.num_epochs * math.ceil(len(chosen) / tuning.batch_size)))
     schedule = ScheduleConfig(type="linear", warmup_steps=round(tuning.warmup_share * num_steps), final_share=0.0)
     batches = shuffled_batches(rows, chosen, tuning.batch_size, seed)
@@ -160,9 +162,14 @@ def predict(
     return outputs
 
 
-def subset(num_rows: int, largest: int | None, seed: int) -> np.ndarray:
-    """The row numbers to train on, at most `largest` ones chosen by the seed, int64."""
-    return order.permute(np.arange(min(num_rows, largest or num_rows)), num_rows, order.key(seed, "subset"))
+def subset(rows: list[Row], largest: int | None, seed: int) -> np.ndarray:
+    """The row numbers to train on, int64: all rows of at most `largest` examples, chosen and ordered by the seed."""
+    example = np.array([row["example"] for row in rows])
+    num = int(example.max()) + 1
+    place = np.empty(num, np.int64)  # of each example in an order of the seed's
+    place[order.permute(np.arange(num), num, order.key(seed, "subset"))] = np.arange(num)
+    by_place = np.argsort(place[example], kind="stable")
+    return by_place[: np.count_nonzero(place[example] < (largest or num))]
 
 
 def shuffled_batches(rows: list[Row], chosen: np.ndarray, batch_size: int, seed: int) -> Iterator[list[int]]:
@@ -189,11 +196,11 @@ def part_of_rank(batch: list[Row], size: int, ranks: Runtime) -> list[Row]:
 
 
 def collate(rows: list[Row], padding_id: int) -> dict[str, torch.Tensor]:
-    """A batch, int64: every field (rows, longest row) with its own padding; labels that are one number: (rows,)."""
+    """A batch: fields of tokens (rows, longest row), int64, each with its own padding; other labels as they are."""
     padding = {"input_ids": padding_id, "labels": IGNORE_INDEX}
     longest = max(len(row["input_ids"]) for row in rows)
     batch = {}
-    for name in rows[0]:
+    for name in rows[0].keys() - ON_HOST:
         values = [row[name] for row in rows]
         if isinstance(values[0], list):
             values = [value + [padding.get(name, 0)] * (longest - len(value)) for value in values]
@@ -203,11 +210,15 @@ def collate(rows: list[Row], padding_id: int) -> dict[str, torch.Tensor]:
 
 def count_targets(row: Row) -> int:
     labels = row["labels"]
-    return sum(label != IGNORE_INDEX for label in (labels if isinstance(labels, list) else [labels]))
+    several = labels if isinstance(labels, list | tuple) else [labels]
+    return sum(label != IGNORE_INDEX and not math.isnan(label) for label in several)
 
 
 def ignored(labels: Any) -> Any:
-    return [IGNORE_INDEX] * len(labels) if isinstance(labels, list) else IGNORE_INDEX
+    """`labels` of a row that has no targets."""
+    if isinstance(labels, list | tuple):
+        return type(labels)(ignored(label) for label in labels)
+    return math.nan if isinstance(labels, float) else IGNORE_INDEX
 
 
 def prepare_run_dir(config: FinetuneConfig, ranks: Runtime) -> None:

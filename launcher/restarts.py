@@ -19,7 +19,8 @@ from configs.deepspeed_json import deepspeed_json
 from configs.incidents import append_incident
 from configs.launches import Kind, Launch, write_launch
 from configs.load import ConfigError
-from configs.schema import FinetuneConfig, PretrainConfig
+from configs.schema import PretrainConfig
+from configs.tuning import FinetuneConfig
 from launcher.local import GUARD, MISTAKE, Outcome, Signals, default_num_ranks, run_local, visible_devices
 from launcher.ssh import hosts_that_answer, run_hosts
 from launcher.started import Node

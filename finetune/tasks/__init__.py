@@ -1,12 +1,12 @@
 """One file per task, all of the same shape: the functions that the loop in `finetune/run.py` calls, in this order.
 
 load(config)                           -> examples, with the splits `train` and `dev`; checks the files
-encode(config, tokenizer, split)       -> rows: token ids, and `labels` (one number, or one for each token)
+encode(config, tokenizer, split)       -> rows: one for each example, or several where it is long
 build_model(config, examples, tokenizer) -> a transformers model with the task's head
 loss(model, batch)                     -> sum of the losses of the batch's targets
 predict(model, batch)                  -> one array for each row
-evaluate(split, outputs)               -> metrics
-records(examples, split, outputs)      -> one object for each example, for predictions.jsonl
+evaluate(config, split, rows, outputs) -> metrics
+records(config, examples, split, rows, outputs) -> one object for each example, for predictions.jsonl
 """
 
 from __future__ import annotations
@@ -15,5 +15,8 @@ from typing import Any
 
 IGNORE_INDEX = -100  # a label that is no target
 
-# One encoded example: input_ids, attention_mask (and token_type_ids), each a list of numbers; labels.
+# One encoded row. A list of numbers has one for each token and is padded to the longest row of its batch: input_ids,
+# attention_mask, token_type_ids; `labels` may be one too, or a single number (NaN is no target either), or a tuple.
+# `example`, the row's place in its split, and `offsets` stay on the host.
 Row = dict[str, Any]
+ON_HOST = frozenset({"example", "offsets"})

@@ -6,7 +6,8 @@ import pytest
 
 from configs.deepspeed_json import accumulation_steps, deepspeed_json
 from configs.load import ConfigError
-from configs.schema import FinetuneConfig, PretrainConfig
+from configs.schema import PretrainConfig
+from configs.tuning import FinetuneConfig
 
 
 def config(**deepspeed) -> PretrainConfig:

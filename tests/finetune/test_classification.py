@@ -22,11 +22,13 @@ from transformers import (
 )
 
 from configs.load import ConfigError
-from configs.schema import FinetuneConfig, TokenizerConfig
+from configs.schema import TokenizerConfig
+from configs.tuning import FinetuneConfig
 from data_pipeline.shards import DataError
 from data_pipeline.tokenizer import make_tokenizer, save_tokenizer
 from finetune.models import check_directory
 from finetune.tasks import classification
+from finetune.texts import read_rows
 from tests.ranks import finish, run_ranks, start_ranks
 
 WORDS = "sun moon river stone bird king queen hill sea good nice fine bad sad poor".split()  # noqa: SIM905
@@ -256,7 +258,7 @@ def test_label_that_only_the_held_out_file_has_is_named(folder, tmp_path):
 
 def test_quotation_marks_of_a_tsv_are_text(tmp_path):
     (tmp_path / "a.tsv").write_text('text\tlabel\n"quoted\t1\nplain\t0\n')
-    rows = classification.read_rows(tmp_path / "a.tsv", ["text"], "label")
+    rows = read_rows(tmp_path / "a.tsv", ["text"], "label")
     assert [texts for texts, _, _ in rows] == [('"quoted',), ("plain",)]
 
 
@@ -273,7 +275,7 @@ def test_directory_that_is_no_model_says_what_to_give(tmp_path):
 
 
 def test_published_sst2_and_rte_files_load(shared_data):
-    sst2 = classification.read_rows(shared_data / "tasks/sst2/dev.tsv", ["sentence"], "label")
+    sst2 = read_rows(shared_data / "tasks/sst2/dev.tsv", ["sentence"], "label")
     assert len(sst2) == 872 and {label for _, label, _ in sst2} == {"0", "1"}
-    rte = classification.read_rows(shared_data / "tasks/rte/train.tsv", ["sentence1", "sentence2"], "label")
+    rte = read_rows(shared_data / "tasks/rte/train.tsv", ["sentence1", "sentence2"], "label")
     assert len(rte) == 2490 and all(len(texts) == 2 for texts, _, _ in rte)

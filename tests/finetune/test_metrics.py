@@ -1,12 +1,13 @@
-"""Metrics of classification against scikit-learn's."""
+"""Metrics of classification against scikit-learn's, of regression against scipy's."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from finetune.metrics import classification_metrics
+from finetune.metrics import classification_metrics, regression_metrics
 
 
 @pytest.mark.parametrize("num_labels", [2, 3, 10])
@@ -30,3 +31,18 @@ def test_one_answer_for_everything_has_no_correlation():
 def test_label_that_does_not_occur_does_not_lower_the_mean_f1():
     found = classification_metrics(np.array([0, 1, 1]), np.array([0, 1, 1]), 5)
     assert found == {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_correlations_are_those_of_scipy_with_equal_values_too(seed):
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, 6, 100) / 2
+    predictions = np.round(values + rng.normal(size=100), 1)
+    found = regression_metrics(values, predictions)
+    assert found["pearson"] == pytest.approx(pearsonr(values, predictions).statistic)
+    assert found["spearman"] == pytest.approx(spearmanr(values, predictions).statistic)
+    assert found["rmse"] == pytest.approx(np.sqrt(np.mean((values - predictions) ** 2)))
+
+
+def test_constant_prediction_has_no_correlation():
+    assert regression_metrics(np.array([1.0, 2.0]), np.array([1.0, 1.0]))["pearson"] == 0.0

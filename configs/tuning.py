@@ -1,0 +1,85 @@
+"""Every setting of fine-tuning: a file with the key `task` is a `FinetuneConfig`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from configs.schema import (
+    Fraction,
+    LaunchConfig,
+    LogConfig,
+    OptimizerConfig,
+    PositiveInt,
+    Rate,
+    Section,
+    ZeroConfig,
+)
+
+
+class TuningConfig(Section):
+    num_epochs: Annotated[float, Field(gt=0)] = 3.0
+    batch_size: PositiveInt = 32  # in examples, over all ranks
+    micro_batch_size: PositiveInt = 32  # in examples, on one rank at once
+    max_seq_len: PositiveInt = 128  # in tokens; longer examples are cut, or become windows
+    # in tokens: longer texts become windows that share so many; none: they are cut (question answering: 128)
+    window_overlap: PositiveInt | None = None
+    precision: Literal["bf16", "fp32"] = "bf16"
+    dropout: Rate | None = None  # none: the model's own
+    warmup_share: Fraction = 0.06  # of all steps; the rate then falls linearly to zero
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # a layer's lr over that of the one above; 1: all the same
+    seeds: list[int] = [1]  # one run each; metrics are reported for each, with mean and spread
+
+
+class AnswersConfig(Section):
+    """Question answering: how an answer is chosen from the scores of its first and its last token."""
+
+    longest: PositiveInt = 30  # in tokens
+    num_best: PositiveInt = 20  # candidates, written to predictions.jsonl
+    # SQuAD v2.0: no answer is given where its score is above the best answer's by more than this
+    no_answer_threshold: float = 0.0
+    language: Literal["en", "ar", "de", "es", "hi", "ru", "vi", "zh"] = "en"  # how answers are compared; see squad.py
+
+
+class FinetuneConfig(Section):
+    """A downstream task on a Hugging Face directory."""
+
+    task: Literal["classification", "regression", "qa"]
+    model: str  # the directory: an export of ours or anybody's
+    from_scratch: bool = False  # same architecture and tokenizer, weights drawn anew: the baseline
+    train: str  # file of training examples: .jsonl(.gz|.zst), .tsv or .csv; qa: SQuAD's .json
+    dev: str  # file of held-out examples
+    text_keys: list[str] = ["text"]  # one column, or two for sentence pairs
+    label_key: str = "label"
+    columns: list[str] = []  # of .tsv and .csv files whose first line does not name them
+    run_dir: str
+    max_train_examples: PositiveInt | None = None  # the first ones of the shuffled file
+    tuning: TuningConfig = TuningConfig()
+    answers: AnswersConfig = AnswersConfig()  # qa
+    log: LogConfig = LogConfig()
+    zero: ZeroConfig = ZeroConfig()
+    launch: LaunchConfig = LaunchConfig()
+    deepspeed: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> FinetuneConfig:
+        if self.tuning.batch_size % self.tuning.micro_batch_size:
+            raise ValueError(
+                f"tuning.batch_size={self.tuning.batch_size} is not a multiple of "
+                f"tuning.micro_batch_size={self.tuning.micro_batch_size}; choose a micro batch that divides it"
+            )
+        if not 1 <= len(self.text_keys) <= 2:
+            raise ValueError(f"text_keys={self.text_keys}: give one column, or two for sentence pairs")
+        overlap = self.tuning.window_overlap
+        if overlap is not None and len(self.text_keys) == 2:
+            raise ValueError("tuning.window_overlap is for single texts; pairs are cut at tuning.max_seq_len")
+        if overlap is not None and overlap > self.tuning.max_seq_len // 2:
+            raise ValueError(
+                f"tuning.window_overlap={overlap} is more than half of tuning.max_seq_len={self.tuning.max_seq_len}; "
+                f"lower it, or windows hardly move on"
+            )
+        if not self.tuning.seeds:
+            raise ValueError("tuning.seeds=[]: give at least one seed")
+        return self
