@@ -82,10 +82,13 @@ class ClusterConfig(Section):
                     f"`{name.partition('=')[0]}` is no name of a variable, or has a value; export takes names, so "
                     f"that no value stands in a script or on a command line"
                 )
-        if hidden := [name for name in self.env if SECRET.search(name)]:
+        given = [
+            name for line in self.setup for name in re.findall(r"\b(\w+)=(?![\"']?\$)", line)
+        ]  # $(cat FILE) is none
+        if hidden := [name for name in [*self.env, *given] if SECRET.search(name)]:
             raise ValueError(
-                f"env.{hidden[0]} looks like a secret, and env is written into run_dir; set it in your shell and name "
-                f"it under `export` (ALL, the default, has it already)"
+                f"{hidden[0]} looks like a secret, and env and setup are written into run_dir; set it in your shell "
+                f"and name it under `export` (ALL, the default, has it already)"
             )
         if self.time is not None and 0 < walltime_seconds(self.time) <= self.save_seconds:
             raise ValueError(

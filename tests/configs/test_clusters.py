@@ -60,7 +60,8 @@ def test_there_is_a_rank_for_each_gpu(gres, ranks):
         ("partitoin=gpu", "did you mean `partition`?"),
         ("container.imagee=a", "did you mean `container.image`?"),
         ("export=[HF_TOKEN=abc]", "export takes names"),
-        ("env.HF_TOKEN=abc", "looks like a secret"),
+        ("env.HF_TOKEN=abc", "HF_TOKEN looks like a secret"),
+        ("setup=[export HF_TOKEN=abc]", "HF_TOKEN looks like a secret"),
         ("env={'A B': c}", "is no name"),
         ("time=1", "not longer than save_seconds=120"),
         ("requeues=-1", "requeues"),
@@ -80,5 +81,7 @@ def test_unknown_cluster_names_the_shipped_ones():
         load_cluster("gpux")
 
 
-def test_a_variable_that_only_sounds_like_a_token_may_be_set():
+def test_a_variable_that_only_sounds_like_a_token_may_be_set_and_a_secret_may_be_read_from_a_file():
+    line = "export HF_TOKEN=$(cat ~/.token)"
+    assert load_cluster(None, [f"setup=['{line}']"]).setup == [line]
     assert load_cluster(None, ["env.TOKENIZERS_PARALLELISM='false'"]).env == {"TOKENIZERS_PARALLELISM": "false"}
