@@ -9,15 +9,12 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
-from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError
 from configs.load import load_pretrain
+from configs.schema import PretrainConfig
 from data_pipeline.engines import Run, abort_mpi, default_workers, mpi_world_size, open_mpi, start_server
 from data_pipeline.errors import DataError
-
-if TYPE_CHECKING:
-    from configs.schema import PretrainConfig
 
 INTERRUPTED = 130  # exit code of a program ended by Ctrl-C
 
