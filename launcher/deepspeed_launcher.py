@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,9 @@ KEEP_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"  # an ssh to a 
 
 def run_by_deepspeed(launcher: str, module: str, config: Config, hosts: dict[str, int]) -> int:
     """Run to the end; returns the exit code. Raises ConfigError for what deepspeed could not pass on."""
+    program = "pdsh" if launcher == "pdsh" else "mpirun"
+    if not shutil.which(program):
+        raise ConfigError(f"--launcher {launcher}: no program {program} here; --launcher ssh needs none")
     run_dir, signals = Path(config.run_dir).absolute(), Signals()
     num_ranks = sum(hosts.values())
     if launcher != "pdsh" and len(set(hosts.values())) > 1 and launcher != "openmpi":

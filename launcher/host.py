@@ -17,6 +17,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -112,7 +113,13 @@ class Host:
 def start_rank(words: list[str], environment: dict[str, str], stdout: int, stderr: int) -> LocalRank:
     command = [sys.executable, *words]
     return LocalRank(
-        command, env=environment, stdin=-3, stdout=stdout, stderr=stderr, process_group=0, preexec_fn=die_with_parent
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,  # the launcher's words are not theirs
+        stdout=stdout,
+        stderr=stderr,
+        process_group=0,
+        preexec_fn=die_with_parent,
     )
 
 

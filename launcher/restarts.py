@@ -82,16 +82,21 @@ def run_once(
     run_dir, launch = Path(config.run_dir), config.launch
     if hosts is None:
         return run_local(module, words, attempt.num_ranks, run_dir, signals, launch.stall_seconds, attempt.devices)
-    used = (attempt.devices or slot_names(hosts, hosts))[: attempt.num_ranks]
-    slots = Counter(slot.rpartition(":")[0] for slot in used)
+    slots = slots_used(attempt, hosts)
     command = ["-m", module, *words]
-    return run_hosts(command, dict(slots), run_dir, signals, launch.stall_seconds, launch.silence_seconds)
+    return run_hosts(command, slots, run_dir, signals, launch.stall_seconds, launch.silence_seconds)
 
 
 def slot_names(hosts: dict[str, int], names: Iterable[str]) -> list[str]:
     """HOST:0, HOST:1, ... of these hosts, in the order of the hostfile. Pure."""
     chosen = set(names)
     return [f"{host}:{slot}" for host, number in hosts.items() if host in chosen for slot in range(number)]
+
+
+def slots_used(attempt: Attempt, hosts: dict[str, int]) -> dict[str, int]:
+    """The number of ranks on each host that has any, hosts in the order of the hostfile. Pure."""
+    used = (attempt.devices or slot_names(hosts, hosts))[: attempt.num_ranks]
+    return dict(Counter(slot.rpartition(":")[0] for slot in used))
 
 
 def run_on_node(module: str, words: list[str], config: Config, num_ranks: int | None, node: Node) -> int:

@@ -84,24 +84,6 @@ def files_with_secret(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 
-def test_run_over_ssh_is_bitwise_that_of_one_machine_and_shows_no_secret(cluster, on_one_machine):
-    run_dir, variables = cluster.folder / "ssh", cluster.folder / "variables"
-    variables.write_text(f"MY_API_TOKEN={SECRET}\n")  # asked for: it goes along, over the connection
-    more = {"DS_ENV_FILE": str(variables), "HF_TOKEN": SECRET}
-    process = cluster.start(run_dir, *cluster.hostfile(), **more)
-    wait_until(has_reached(run_dir, 1, rank=1), process)
-    (rank,) = cluster.hosts.running("h2", "pretrain.train")
-    environment = Path(f"/proc/{rank}/environ").read_bytes().split(b"\0")
-    assert f"MY_API_TOKEN={SECRET}".encode() in environment
-    assert not [variable for variable in environment if variable.startswith(b"HF_TOKEN")]
-    assert secrets_on_command_lines(cluster.hosts, process) == []
-    finish(process, 0)
-    assert metrics(run_dir) == on_one_machine
-    assert (run_dir / "logs/rank-0.log").stat().st_size and (run_dir / "logs/rank-1.log").exists()
-    assert files_with_secret(run_dir) == []
-    assert cluster.hosts.running("h2", "python") == []
-
-
 @pytest.mark.skipif(not shutil.which("pdsh"), reason="no pdsh (Debian's package)")
 def test_pdsh_run_with_a_host_cut_off_stands_still_ends_and_goes_on_as_if_nothing_had_been(cluster, on_one_machine):
     run_dir = cluster.folder / "pdsh"
@@ -156,25 +138,54 @@ def test_host_that_is_cut_off_ends_the_run_which_goes_on_later_as_if_nothing_had
         assert "rank 1 failed first, its host h2 is gone: nothing was heard of it for 4 s" in err
         assert [(i["kind"], i["rank"]) for i in read_incidents(run_dir)] == [("rank_failed", 1)]
         assert cluster.hosts.running("h1", "pretrain.train") == []
-        wait_until(lambda: not cluster.hosts.running("h2", "pretrain.train"), None, seconds=40)
+        left = cluster.hosts.running("h2", "pretrain.train")
     finally:
         cluster.hosts.connect_again("h2")
     finish(cluster.start(run_dir, *words), 0)
     assert metrics(run_dir) == on_one_machine
+    assert (run_dir / "logs/rank-0.log").stat().st_size and (run_dir / "logs/rank-1.log").exists()
+    wait_until(lambda: not set(left) & set(cluster.hosts.pids("h2")), None, seconds=30)  # it has noticed by itself
 
 
-def test_killed_rank_and_killed_connection_are_named_and_the_run_starts_again(cluster, on_one_machine):
-    run_dir = cluster.folder / "killed"
-    process = cluster.start(run_dir, *cluster.hostfile(), "launch.restarts=2", "launch.backoff_seconds=0.1")
+def test_killed_rank_and_killed_connection_start_the_run_again_and_no_secret_is_shown(cluster, on_one_machine):
+    run_dir, variables = cluster.folder / "killed", cluster.folder / "variables"
+    variables.write_text(f"MY_API_TOKEN={SECRET}\n")  # asked for: it goes along, over the connection
+    words = [*cluster.hostfile(), "launch.restarts=2", "launch.backoff_seconds=0.1"]
+    process = cluster.start(run_dir, *words, DS_ENV_FILE=str(variables), HF_TOKEN=SECRET)
     wait_until(has_reached(run_dir, 15, rank=1), process)
     (rank,) = cluster.hosts.running("h2", "pretrain.train")
+    environment = Path(f"/proc/{rank}/environ").read_bytes().split(b"\0")
+    assert f"MY_API_TOKEN={SECRET}".encode() in environment
+    assert not [variable for variable in environment if variable.startswith(b"HF_TOKEN")]
     os.kill(rank, signal.SIGKILL)
     wait_until(lambda: len(read_incidents(run_dir)) == 2 and has_reached(run_dir, 25, rank=1)(), process)
     for session in cluster.hosts.running("h2", "sshd: root"):
         os.kill(session, signal.SIGKILL)
+    assert secrets_on_command_lines(cluster.hosts, process) == []
     err = finish(process, 0)
     assert "rank 1 failed first, killed by SIGKILL" in err
     assert "rank 1 failed first, its host h2 is gone: its ssh connection has ended" in err
-    # What the second one left of the ranks has stopped and saved: an evaluation that the other run does not have.
+    # What the second one left of the ranks may have stopped and saved: an evaluation that the other run does not have.
     assert losses(run_dir) == [line["loss"] for line in on_one_machine if "loss" in line]
     assert metrics(run_dir)[-1] == on_one_machine[-1]
+    assert files_with_secret(run_dir) == [] and cluster.hosts.running("h2", "launcher/host.py") == []
+
+
+def test_disk_that_is_full_at_a_checkpoint_ends_the_run_which_goes_on_when_there_is_room(cluster, on_one_machine):
+    first = cluster.folder / "alone/checkpoints/step-00000020"
+    num_bytes = sum(path.stat().st_size for path in first.iterdir())
+    run_dir = cluster.folder / "full"
+    folder = run_dir / "checkpoints"
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes * 8 // 5}", "tmpfs", str(folder)]
+    if (mounted := subprocess.run(mount, capture_output=True, text=True)).returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        err = finish(cluster.start(run_dir, "--ranks", "2", GLOO_SOCKET_IFNAME="lo"), 2)
+        assert "No space left on device" in err and "Traceback" not in err
+        assert [path.name for path in folder.glob("step-*/manifest.json")] == ["manifest.json"]
+        subprocess.run(["mount", "-o", f"remount,size={num_bytes * 8}", str(folder)], check=True)
+        finish(cluster.start(run_dir, "--ranks", "2", GLOO_SOCKET_IFNAME="lo"), 0)
+        assert metrics(run_dir) == on_one_machine
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -72,6 +72,10 @@ def test_killed_rank_is_the_first_failure_not_the_one_that_failed_because_of_it(
     assert first_failure([0, 143, None, 130]) is None
 
 
+def test_rank_whose_host_is_gone_goes_before_those_that_died_of_it():
+    assert first_failure([-signal.SIGABRT, 1, -signal.SIGHUP]) == 2
+
+
 def test_rank_that_died_of_a_signal_was_stopped_only_if_the_command_was_asked():
     assert stopped_code([None, -15], asked=None) is None
     assert stopped_code([None, -15], asked=signal.SIGINT) == 130

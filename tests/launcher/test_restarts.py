@@ -15,7 +15,15 @@ from configs.incidents import read_incidents
 from configs.launches import read_launch
 from configs.load import load_pretrain
 from launcher.local import Outcome
-from launcher.restarts import Attempt, after, may_start_again, newest_checkpoint, size_that_fits
+from launcher.restarts import (
+    Attempt,
+    after,
+    may_start_again,
+    newest_checkpoint,
+    size_that_fits,
+    slot_names,
+    slots_used,
+)
 from tests.conftest import ROOT
 from tests.launcher.small_run import has_reached, losses, make_config, pid_of, start, wait_until
 
@@ -54,6 +62,20 @@ def test_the_device_of_the_rank_that_failed_again_is_left_out():
 def test_fewer_visible_devices_make_the_run_smaller():
     first = after(Attempt(4, None), FAILED, checkpoint=30, config=NANO, devices=["0", "2"])
     assert (first.num_ranks, first.devices) == (2, None)
+
+
+def test_ranks_fill_the_hosts_in_the_order_of_the_hostfile():
+    hosts = {"b": 2, "a": 4}
+    assert slots_used(Attempt(6, None), hosts) == hosts
+    assert slots_used(Attempt(3, None), hosts) == {"b": 2, "a": 1}
+    assert slot_names(hosts, ["a", "b"])[:3] == ["b:0", "b:1", "a:0"]
+
+
+def test_host_that_does_not_answer_any_more_is_left_out():
+    hosts = {"h1": 2, "h2": 2}
+    left = slot_names(hosts, ["h2"])
+    following = after(Attempt(4, None), Outcome("failed", 129, rank=1, step=9), 5, NANO, left)
+    assert slots_used(replace(following, devices=tuple(left)), hosts) == {"h2": 2}
 
 
 def test_size_is_the_largest_that_divides_the_batch():
