@@ -6,7 +6,7 @@ those variables into the command lines that it starts on every machine, where ev
 looks like a secret gets that far, and a setting that a shell would change does not either, because the run's whole
 configuration goes into a file in run_dir.
 
-Each rank is `python -m launcher.rank`, which puts what it prints into run_dir/logs too.
+Each rank is `python launcher/rank.py`, which puts what it prints into run_dir/logs too.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def deepspeed_command(launcher: str, folder: Path, hosts: dict[str, int], words:
     (folder / "hosts").write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(folder / "hosts"), "--force_multi"]
     command += ["--launcher", launcher, "--no_ssh_check", "--master_addr", addr, "--master_port", port]
-    return [*command, "--no_local_rank", "--module", "launcher.rank", *words]
+    # A file, not a module: with --module deepspeed 0.19.8 starts MPICH's ranks wrongly.
+    return [*command, "--no_local_rank", str(Path(__file__).with_name("rank.py")), *words]
 
 
 def name_of(variable: str) -> str:

@@ -160,7 +160,8 @@ def commands(where: Where, request: dict[str, Any]) -> dict[str, list[str]]:
         variables |= {"MASTER_ADDR": where.hosts[0], "MASTER_PORT": os.environ.get("MASTER_PORT", USUAL_PORT)}
         settings = [f"{name}={value}" for name, value in variables.items()]
         line = f"cd {shlex.quote(str(ROOT))} && exec env {shlex.join([*settings, *program])}"
-        ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
+        own = shlex.split(os.environ.get("MILLSTREAM_SSH_ARGS", ""))  # as launcher/ssh.py
+        ssh = ["ssh", *own, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
         found[host] = [*ssh, host, line]
     return found
 

@@ -1,4 +1,4 @@
-"""`python -m launcher.rank MODULE RUN_DIR WORDS`: one rank of a run that another launcher has started.
+"""`python launcher/rank.py MODULE RUN_DIR WORDS`: one rank of a run that another launcher has started.
 
 It goes on as `python -m MODULE WORDS`; what it prints goes to run_dir/logs/rank-N.log as well as to where it went.
 """
@@ -10,6 +10,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
+
+if not __package__:  # started as a file: the packages lie beside this folder, not in it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launcher.local import make_logs
 from launcher.logs import log_file

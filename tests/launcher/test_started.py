@@ -89,9 +89,11 @@ def test_torchrun_and_two_pods_train_as_two_ranks_of_one_machine(tmp_path, monke
     def words(name: str) -> list[str]:
         return [*launcher, str(config), f"run_dir={tmp_path / name}", "train.num_steps=4"]
 
-    subprocess.run([sys.executable, *words("alone"), "--ranks", "2"], cwd=ROOT, check=True, capture_output=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    subprocess.run([*torchrun, *words("torchrun")], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, *words("alone"), "--ranks", "2"], cwd=ROOT, check=True, capture_output=True, timeout=60
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    subprocess.run([*torchrun, *words("torchrun")], cwd=ROOT, check=True, capture_output=True, timeout=60)
     assert losses(tmp_path / "torchrun") == losses(tmp_path / "alone")
     assert read_launch(tmp_path / "torchrun").kind == "torchrun"
     assert "eval loss" in (tmp_path / "torchrun/logs/rank-0.log").read_text()
