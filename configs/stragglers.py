@@ -1,10 +1,10 @@
 """Which rank the others wait for, and in which phase: from the ranks' rings, one line a minute in stragglers.jsonl.
 
-In training with all ranks in step everybody is as slow as the slowest, so step times say nothing. What differs is where
-the time goes: the slow rank spends it in a phase of work, the others in `reduce`, waiting for it. So a phase's seconds
-a step are compared over the ranks, and the largest excess over their median names rank and phase. With ZeRO-3 the
-gathers of weights are inside of `forward` and `backward`: there all ranks wait with the slow one, and the excess of a
-rank that computes slowly is small. Durations of one rank come from one clock, so clocks of hosts need not agree.
+In training with all ranks in step everybody is as slow as the slowest, and a rank that waits spends as long in a phase
+as one that works, so durations do not tell them apart. What does is who comes late: all make the same marks in the same
+order; a rank that is slow in a phase makes the next mark later than the others, who then catch up to it, by waiting,
+never beyond. So the growth of a rank's lateness behind the median, as far as it is behind, is added up by phase.
+Clocks of hosts differ: how far a rank is off when all leave a sum together (the mark after `reduce`) is taken away.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,57 +27,97 @@ from configs.phases import Ring, read_rings
 FILE = "stragglers.jsonl"
 LINE_SECONDS = 60.0
 LOOK_SECONDS = 10.0  # a ring holds the last seconds only
-WORK = ("data", "forward", "backward", "step", "evaluate", "save")  # phases that are not mere waiting
 
 
 @dataclass
 class Tally:
-    """Seconds in each phase of each rank, added up over several looks at the rings."""
+    """Seconds by which each rank fell behind in each phase, added up over several looks at the rings."""
 
-    seconds: dict[int, dict[str, float]] = field(default_factory=dict)
-    steps: dict[int, set[int]] = field(default_factory=dict)
-    _ends: dict[int, float] = field(default_factory=dict)  # up to when a rank's marks have been counted
+    behind: dict[tuple[int, str], float] = field(default_factory=lambda: defaultdict(float))
+    num_steps: int = 0
+    seconds: float = 0.0  # that these steps took
+    last_step: int = 0
+    _counted: float = 0.0  # marks before that time have been counted
 
     def add(self, rings: Sequence[Ring | None]) -> None:
-        """Count what is new in the rings; a mark lasts until the next one, so the newest waits for the next look."""
-        for ring in rings:
-            if ring is None or not ring.marks:
-                continue
-            counted = self._ends.get(ring.rank, 0.0)
-            for (when, step, phase), (until, _, _) in zip(ring.marks, ring.marks[1:], strict=False):
-                if when >= counted and phase not in ("start", "end"):
-                    phases = self.seconds.setdefault(ring.rank, defaultdict(float))
-                    phases[phase] += until - when
-                    self.steps.setdefault(ring.rank, set()).add(step)
-            self._ends[ring.rank] = ring.marks[-1][0]
+        """Count the steps of which every rank's ring has all marks, and that no earlier look has counted."""
+        if not rings or any(ring is None for ring in rings):
+            return
+        steps = [whole_steps(ring.marks) for ring in rings if ring]
+        common = [
+            step
+            for step, marks in steps[0].items()
+            if marks[0][0] > self._counted
+            and all([phase for _, phase in of.get(step, [])] == [phase for _, phase in marks] for of in steps)
+        ]
+        offsets = clock_offsets([[of[step] for step in common] for of in steps])
+        for step in common:
+            self._add_step([of[step] for of in steps], offsets)
+            self.last_step = step + 1
+            self._counted = steps[0][step][0][0]
 
-    def clear(self) -> None:
-        self.seconds, self.steps = {}, {}
+    def _add_step(self, marks: Sequence[Sequence[tuple[float, str]]], offsets: Sequence[float]) -> None:
+        """marks: of each rank, (time, phase), the last one being the first of the next step."""
+        before = [0.0] * len(marks)
+        for place in range(len(marks[0])):
+            times = [of[place][0] - offset for of, offset in zip(marks, offsets, strict=True)]
+            middle = statistics.median_low(times)
+            late = [max(0.0, time - middle) for time in times]
+            if place:
+                phase = marks[0][place - 1][1]
+                for rank, (now, then) in enumerate(zip(late, before, strict=True)):
+                    if len(marks) == 1:
+                        now = marks[0][place][0] - marks[0][place - 1][0]
+                    self.behind[rank, phase] += max(0.0, now - then)
+            before = late
+        self.num_steps += 1
+        self.seconds += marks[0][-1][0] - marks[0][0][0]
+
+
+def whole_steps(marks: Sequence[tuple[float, int, str]]) -> dict[int, list[tuple[float, str]]]:
+    """Of each step that has an end, (time, phase) of its marks and of the first one after it. Pure.
+
+    The oldest step may lack its first marks, so it is left out; so are start and end of a run.
+    """
+    found: dict[int, list[tuple[float, str]]] = {}
+    begins = [place for place in range(1, len(marks)) if marks[place][1] != marks[place - 1][1]]
+    for begin, end in pairwise(begins):
+        phases = [(time, phase) for time, _, phase in marks[begin : end + 1]]
+        if not {"start", "end"} & {phase for _, phase in phases}:
+            found[marks[begin][1]] = phases
+    return found
+
+
+def clock_offsets(marks: Sequence[Sequence[Sequence[tuple[float, str]]]]) -> list[float]:
+    """Of each rank, how far its clock is before the median's: seen when all leave `reduce` together. Pure.
+
+    marks: of each rank, of each step, as in `whole_steps`.
+    """
+    seen: list[list[float]] = [[] for _ in marks]
+    for step in zip(*marks, strict=True):
+        for place in range(1, len(step[0])):
+            if step[0][place - 1][1] == "reduce":
+                middle = statistics.median_low([of[place][0] for of in step])
+                for rank, of in enumerate(step):
+                    seen[rank].append(of[place][0] - middle)
+    return [statistics.median(each) if each else 0.0 for each in seen]
 
 
 def slowest(tally: Tally) -> dict[str, Any] | None:
-    """{"rank", "phase", "seconds", "median_seconds", "step", "num_steps"}: the largest excess over the ranks' median.
+    """{"step", "rank", "phase", "seconds", "step_seconds", "num_steps"}: who fell behind most, a step, and in what.
 
-    Seconds are those a step. Of a run of one rank the longest phase, without a median. None if no step was seen. Pure.
+    Of a run of one rank its longest phase and the seconds in it. None if no step was seen. Pure.
     """
-    ranks = sorted(rank for rank, steps in tally.steps.items() if steps)
-    if not ranks:
+    if not tally.num_steps or not tally.behind:
         return None
-    found: list[tuple[float, int, str, float, float]] = []
-    for phase in WORK:
-        means = {rank: tally.seconds[rank].get(phase, 0.0) / len(tally.steps[rank]) for rank in ranks}
-        median = statistics.median(means.values()) if len(ranks) > 1 else 0.0
-        rank = max(ranks, key=lambda each: means[each])
-        found.append((means[rank] - median, rank, phase, means[rank], median))
-    _, rank, phase, seconds, median = max(found, key=lambda each: each[0])
-    steps = tally.steps[rank]
+    (rank, phase), seconds = max(tally.behind.items(), key=lambda each: each[1])
     return {
-        "step": max(steps) + 1,
+        "step": tally.last_step,
         "rank": rank,
         "phase": phase,
-        "seconds": round(seconds, 6),
-        "median_seconds": round(median, 6) if len(ranks) > 1 else None,
-        "num_steps": len(steps),
+        "seconds": round(seconds / tally.num_steps, 6),
+        "step_seconds": round(tally.seconds / tally.num_steps, 6),
+        "num_steps": tally.num_steps,
     }
 
 
@@ -107,7 +148,7 @@ def report_each_minute(run_dir: Path, world_size: int, more: Callable[[], dict[s
         last = time.monotonic()
         if found := slowest(tally):
             append_line(run_dir, found | {"memory_bytes": memory_bytes(rings)} | more())
-        tally.clear()
+        tally = Tally(_counted=tally._counted)
 
 
 def append_line(run_dir: Path, values: dict[str, Any]) -> None:

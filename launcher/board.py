@@ -176,7 +176,7 @@ def ranks(state: RunState) -> list[dict[str, Any]]:
 
 
 def straggler(line: dict[str, Any]) -> dict[str, Any]:
-    numbers = {name: finite(line.get(name)) for name in ("rank", "seconds", "median_seconds", "step")}
+    numbers = {name: finite(line.get(name)) for name in ("rank", "seconds", "step_seconds", "step")}
     return numbers | {"phase": str(line.get("phase")), "time": seconds_of(line.get("time"))}
 
 

@@ -33,7 +33,7 @@ def describe(run: RunState) -> str:
     if run.is_running and run.rings:
         rows.append(("ranks", ranks_line(run)))
     if run.straggler:
-        rows.append(("slowest", straggler_line(run.straggler)))
+        rows.append(("behind", straggler_line(run.straggler)))
     rows.append(("checkpoint", "none yet" if run.checkpoint is None else f"step {run.checkpoint:,}"))
     if run.incidents:
         number = len(run.incidents)
@@ -97,9 +97,9 @@ def ranks_line(run: RunState) -> str:
 
 
 def straggler_line(line: dict[str, Any]) -> str:
-    text = f"rank {line['rank']} in {line['phase']}: {line['seconds']:.3g} s a step"
-    if line.get("median_seconds") is not None:
-        text += f", the median of the ranks is {line['median_seconds']:.3g} s"
+    step_seconds = line.get("step_seconds") or 0.0
+    share = f" of {step_seconds:.3g} s" if step_seconds else ""
+    text = f"rank {line['rank']} in {line['phase']}, by {line['seconds']:.3g} s a step{share}"
     return f"{text} ({clock(seconds_of(line.get('time')))})"
 
 

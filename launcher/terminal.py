@@ -82,7 +82,7 @@ def body(run: Watched, width: int, with_details: bool) -> RenderableType:
     if state.is_running and state.rings:
         parts.append(rank_table(run) if with_details else phase_counts(run))
     if state.straggler:
-        parts.append(Text(plain(f"slowest: {straggler_line(state.straggler)}")))
+        parts.append(Text(plain(f"behind: {straggler_line(state.straggler)}")))
     for incident in state.incidents[-(INCIDENTS if with_details else 1) :]:
         parts.append(Text(plain(incident_line(incident)), style="yellow", no_wrap=True, overflow="ellipsis"))
     return Group(*parts)

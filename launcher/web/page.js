@@ -287,8 +287,8 @@ function lanes(run, index) {
   const more = run.num_ranks > run.ranks.length ? ` (the first ${run.ranks.length} of ${whole(run.num_ranks)})` : "";
   const slow = run.straggler, isOneOfMany = states.runs.length > 1;
   const said = slow && run.num_ranks > 1 ? element("p", { class: "why" },
-    `slowest of the last minute: rank ${slow.rank} in ${slow.phase}, ${number(slow.seconds, short)} s a step; ` +
-    `median ${number(slow.median_seconds, short)} s`) : null;
+    `behind in the last minute: rank ${slow.rank} in ${slow.phase}, by ${number(slow.seconds, short)} s a step ` +
+    `of ${number(slow.step_seconds, short)} s`) : null;
   return element("article", { class: "card lanes" },
     element("h2", {}, isOneOfMany ? swatch(index) : null, "what the ranks do", isOneOfMany ? `: ${run.name}` : "",
       more),
