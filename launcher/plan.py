@@ -49,7 +49,13 @@ class Plan:
     @property
     def hours(self) -> float:
         """Steps that have shorter sequences or a smaller batch take less in proportion."""
-        return self.job.num_tokens / self.tokens_per_second / 3600
+        return self.num_tokens / self.tokens_per_second / 3600
+
+    @property
+    def num_tokens(self) -> float:
+        """Of the run: of all its steps, or as many as its budget allows."""
+        budget = self.job.budget_seconds
+        return min(self.job.num_tokens, float("inf") if budget is None else budget * self.tokens_per_second)
 
     @property
     def kilowatt_hours(self) -> float:
@@ -63,7 +69,7 @@ class Plan:
     @property
     def flops(self) -> float:
         """Of the whole run, as the model needs them."""
-        return self.job.num_tokens * model_flops_per_token(self.job)
+        return self.num_tokens * model_flops_per_token(self.job)
 
     @property
     def checkpoint_bytes(self) -> float:
@@ -71,9 +77,9 @@ class Plan:
         return (4 + self.job.state_bytes) * count_parameters(self.job)
 
     @property
-    def data_bytes(self) -> int:
+    def data_bytes(self) -> float:
         """Of the token shards if no token is seen twice."""
-        return self.job.num_tokens * (2 if self.job.shape.vocab_size <= 65_536 else 4)
+        return self.num_tokens * (2 if self.job.shape.vocab_size <= 65_536 else 4)
 
 
 def make_plan(job: Job, cluster: Cluster, probe: Probe | None = None, saves_before_end: bool = True) -> Plan:
@@ -124,8 +130,9 @@ def smallest_cluster(preset: str, gpu: Gpu, network_name: str | None = None) -> 
         batch = max(num_gpus, TABLE_BATCH_TOKENS // shape.max_seq_len)
         job = Job(
             shape=shape, seq_len=shape.max_seq_len, micro_batch_size=1, global_batch_size=batch, num_gpus=num_gpus,
-            num_steps=1, num_tokens=1, element_bytes=2, stage=3, bucket_elements=50_000_000, state_bytes=8,
-            checkpointing=False, dropout=0.0, attention_dropout=0.0, target_share=1.0,
+            num_steps=1, num_tokens=1, budget_seconds=None, element_bytes=2, stage=3,
+            bucket_elements=50_000_000, state_bytes=8, checkpointing=False, dropout=0.0, attention_dropout=0.0,
+            target_share=1.0,
         )  # fmt: skip
         job = replace(job, num_tokens=TOKENS_PER_PARAMETER * count_parameters(job))
         cluster = make_cluster(num_gpus, None, gpu, network(network_name or gpu.network))

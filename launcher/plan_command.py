@@ -138,10 +138,13 @@ def _time_rows(plan: Plan) -> list[tuple[str, str]]:
     communication = f"communication {_seconds(time.communication)}, of it not hidden {_seconds(time.exposed)}"
     if plan.is_probed and time.communication == 0:
         communication = "communication is in both, as the probe has measured it"
+    steps = f"{job.num_steps:,} steps"
+    if plan.num_tokens < job.num_tokens:
+        steps = f"{plan.num_tokens / job.num_tokens:.0%} of {steps} until train.budget ends it"
     return [
         ("step", f"{_seconds(time.total)}: {parts}, {communication}"),
         ("speed", f"{plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%} (PaLM's definition)"),
-        ("run", f"{job.num_steps:,} steps, {job.num_tokens / 1e6:,.1f} M tokens, {plan.flops:.2e} FLOPs"),
+        ("run", f"{steps}, {plan.num_tokens / 1e6:,.1f} M tokens, {plan.flops:.2e} FLOPs"),
         ("takes", f"{_hours(plan.hours)}, {plan.kilowatt_hours:,.1f} kWh, {plan.dollars:,.0f} US dollars "
                   f"at {plan.cluster.gpu.price:g} an hour and GPU"),
         ("checkpoint", f"{_size(plan.checkpoint_bytes)}, {_size(plan.checkpoint_bytes / job.num_gpus)} a rank, copied "

@@ -24,7 +24,8 @@ class Job:
     global_batch_size: int  # samples, over all GPUs and accumulation steps
     num_gpus: int
     num_steps: int
-    num_tokens: int  # of the whole run
+    num_tokens: int  # of the whole run, if no budget ends it before
+    budget_seconds: float | None  # wall-clock time after which the run ends
     element_bytes: int  # of weights and activations: 2 (bf16) or 4 (fp32)
     stage: int
     bucket_elements: int
@@ -83,6 +84,7 @@ def make_job(config: PretrainConfig, vocab_size: int | None, num_gpus: int) -> J
         num_gpus=num_gpus,
         num_steps=train.num_steps,
         num_tokens=_tokens_of_run(train),
+        budget_seconds=train.budget_seconds,
         element_bytes=2 if train.precision == "bf16" else 4,
         stage=config.zero.stage,
         bucket_elements=config.zero.bucket_elements,

@@ -150,6 +150,13 @@ def test_tokens_of_a_run_follow_its_phases_and_its_growing_batch():
     assert make_job(config, 300, 1).num_tokens == (10 * 4 + 10 * 8) * 32 + 10 * 8 * 64
 
 
+def test_a_budget_of_wall_clock_time_ends_the_run_and_what_it_costs(capsys):
+    words = [str(CONFIG), "--gpus", "8", "train.budget=10m"]
+    assert plan(words) == 0
+    shown = capsys.readouterr().out
+    assert "takes       10.0 minutes" in shown and "until train.budget ends it" in shown
+
+
 def test_what_fit_chooses_fits_and_no_faster_choice_does():
     job = job_of("gpt3-6.7b", num_gpus=8, global_batch_size=256, seq_len=2048)
     cluster = make_cluster(8, 1, GPUS["a100-80g"], NETWORKS["ib-8x200"])
