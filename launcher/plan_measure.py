@@ -14,7 +14,7 @@ from launcher.local import Signals, default_num_ranks, run_local
 from launcher.plan_job import Job
 from launcher.plan_probe import Depth, Probe
 
-SECONDS = 3.0  # of steps, for each of the measurements
+SECONDS = 5.0  # of steps, at each depth
 STEP_SECONDS = 1.5  # that a step of the deeper model may take, about
 
 

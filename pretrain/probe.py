@@ -2,7 +2,7 @@
 
 What is timed is the run's own `train_step`, on the configuration's dataset where it is there, else on random tokens.
 Words beside the configuration: layers=N (tiny before it: a model of nearly no size, for what a process has without
-one), accumulations=1,2, seconds=S (for each), vocab_size=N, out=FILE.
+one), accumulations=1,2, seconds=S (of steps), vocab_size=N, out=FILE.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from configs.deepspeed_json import deepspeed_json
 from configs.load import ConfigError, load_pretrain
 from configs.schema import PretrainConfig
 from data_pipeline.shards import DataError, write_manifest, write_shard
-from data_pipeline.stream import open_stream
+from data_pipeline.stream import Stream, open_stream
 from pretrain import engine, runtime
 from pretrain.metrics import open_tensorboard
 from pretrain.models import build_model
 from pretrain.runtime import Runtime
 from pretrain.step import train_step
 
-WARMUP_STEPS, LEAST_STEPS = 2, 3
+WARMUP_STEPS, LEAST_STEPS, MOST_STEPS = 3, 5, 500
 OWN_WORDS = ("layers", "tiny", "accumulations", "seconds", "vocab_size", "out")
 TINY = {"num_layers": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16}
 DOCUMENT_TOKENS = 300  # of the random dataset: several documents in a row, as in most
@@ -52,7 +52,9 @@ def main() -> int:
 
 
 def measure(config: PretrainConfig, own: dict[str, str], ranks: Runtime) -> dict[str, Any]:
-    """`context_bytes` and, of the asked depth, `peak_bytes`, each of the largest rank; median `seconds` of steps.
+    """Of the asked depth `peak_bytes` and, of steps of N micro batches, `seconds_N`; with tiny also `context_bytes`.
+
+    Each is that of the largest or slowest rank.
 
     Every rank calls it. Raises ConfigError for a BERT without a dataset: its masks need the tokenizer.
     """
@@ -62,12 +64,12 @@ def measure(config: PretrainConfig, own: dict[str, str], ranks: Runtime) -> dict
         open_tensorboard(Path(tempfile.mkdtemp(dir=folder.parent)), 0).close()
     found: dict[str, Any] = {}
     if "tiny" in own:
-        timed(with_values(config, ranks, TINY, 1), ranks, 0.0)
+        timed(with_model(config, TINY), [1], ranks, 0.0)
         found["context_bytes"] = largest(context_bytes(ranks.device), ranks)
-    layers, seconds = int(own["layers"]), float(own["seconds"])
-    for accumulation in own["accumulations"].split(","):
-        deep = with_values(config, ranks, {"num_layers": layers}, int(accumulation))
-        found[f"seconds_{accumulation}"] = largest(timed(deep, ranks, seconds), ranks)
+    deep = with_model(config, {"num_layers": int(own["layers"])})
+    accumulations = [int(number) for number in own["accumulations"].split(",")]
+    for accumulation, seconds in timed(deep, accumulations, ranks, float(own["seconds"])).items():
+        found[f"seconds_{accumulation}"] = largest(seconds, ranks)
     found["peak_bytes"] = largest(peak_bytes(ranks.device), ranks)
     return found
 
@@ -92,11 +94,9 @@ def on_some_data(config: PretrainConfig, vocab_size: int, folder: Path, ranks: R
     return config.model_copy(update={"data": config.data.model_copy(update={"dir": str(folder)})})
 
 
-def with_values(config: PretrainConfig, ranks: Runtime, model: dict[str, int], accumulation: int) -> PretrainConfig:
-    train = {
-        "global_batch_size": config.train.micro_batch_size * ranks.world_size * accumulation,
-        "seq_len": config.train.longest_seq_len, "phases": [], "batch_ramp": None,
-    }  # fmt: skip
+def with_model(config: PretrainConfig, model: dict[str, int]) -> PretrainConfig:
+    """The configuration with another model, one sequence length and one batch size."""
+    train = {"seq_len": config.train.longest_seq_len, "phases": [], "batch_ramp": None}
     changed = {
         "model": config.model.model_copy(update=model),
         "train": config.train.model_copy(update=train),
@@ -105,29 +105,50 @@ def with_values(config: PretrainConfig, ranks: Runtime, model: dict[str, int], a
     return config.model_copy(update=changed)
 
 
-def timed(config: PretrainConfig, ranks: Runtime, seconds: float) -> float:
-    """Median seconds of a step, of as many as `seconds` allow; every rank does the same number."""
-    data = open_stream(config, "train")
+def with_accumulation(config: PretrainConfig, accumulation: int, ranks: Runtime) -> PretrainConfig:
+    batch = config.train.micro_batch_size * ranks.world_size * accumulation
+    return config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": batch})})
+
+
+def timed(config: PretrainConfig, accumulations: list[int], ranks: Runtime, seconds: float) -> dict[int, float]:
+    """Seconds of a step with each number of micro batches, in turn for `seconds` in all: the lower quartile.
+
+    The quartile, because what else a machine does in these few seconds is not to be extrapolated. Every rank does the
+    same number of steps.
+    """
+    configs = {number: with_accumulation(config, number, ranks) for number in accumulations}
+    streams = {number: open_stream(one, "train") for number, one in configs.items()}
+    first = configs[accumulations[0]]
     runtime.seed_all(config.train.seed)
     model = engine.initialize(
-        lambda: build_model(config.model, data.vocab_size, config.train.seq_len),
+        lambda: build_model(config.model, streams[accumulations[0]].vocab_size, config.train.seq_len),
         config.train.optimizer,
-        deepspeed_json(config, ranks.world_size),
+        deepspeed_json(first, ranks.world_size),
     )
-    steps: list[float] = []
+    evaluate_once(model, streams[accumulations[0]], ranks)
+    steps: dict[int, list[float]] = {number: [] for number in accumulations}
     began = time.perf_counter()
     step, goes_on = 0, True
     while goes_on:
-        line = train_step(config, model, data, step, ranks)
-        steps.append(line["step_seconds"])
+        for number, stream in streams.items():
+            steps[number].append(train_step(configs[number], model, stream, step, ranks)["step_seconds"])
         step += 1
         if step == WARMUP_STEPS:
             began = time.perf_counter()
         is_due = step < WARMUP_STEPS + LEAST_STEPS or time.perf_counter() - began < seconds
-        (goes_on,) = ranks.any(is_due and step < 500)
-    data.close()
+        (goes_on,) = ranks.any(is_due and step < MOST_STEPS)
+    for stream in streams.values():
+        stream.close()
     engine.close(model)
-    return statistics.median(steps[WARMUP_STEPS:])
+    return {number: statistics.quantiles(found[WARMUP_STEPS:], n=4)[0] for number, found in steps.items()}
+
+
+@torch.no_grad()
+def evaluate_once(model: Any, stream: Stream, ranks: Runtime) -> None:
+    """A forward pass alone, as before the first step of a run: ZeRO-3 remembers in what order weights were used."""
+    model.eval()
+    for made in stream.micro_batches(0, ranks.rank, ranks.world_size):
+        model(**stream.expand(runtime.to_device(made, ranks.device)))
 
 
 def context_bytes(device: torch.device) -> float:
