@@ -155,16 +155,18 @@ def context_bytes(device: torch.device) -> float:
     """Of this process, without a model's: what it has at most had resident; on a GPU what torch has not allocated."""
     if device.type == "cpu":
         return peak_bytes(device)
-    free, total = torch.cuda.mem_get_info(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
+    free, total = torch.cuda.mem_get_info(device)
     return float(total - free - torch.cuda.memory_reserved(device))
 
 
 def peak_bytes(device: torch.device) -> float:
-    """The most this process has had resident; on a GPU the most that torch has allocated."""
+    """The most this process has had resident; on a GPU the most that torch has taken, and what is outside of it."""
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
+        free, total = torch.cuda.mem_get_info(device)
+        outside = total - free - torch.cuda.memory_reserved(device)
+        return float(outside + torch.cuda.max_memory_reserved(device))
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return 1024.0 * float(status.split("VmHWM:")[1].split()[0])
 
