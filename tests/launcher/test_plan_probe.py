@@ -51,11 +51,11 @@ def test_on_more_ranks_than_were_probed_communication_is_added_and_the_update_is
     assert time.update == pytest.approx((0.005 + 0.002 * 12) * 2 / 8)
 
 
-def test_the_allocators_share_is_what_explains_the_probes_own_peak():
+def test_what_the_allocator_keeps_is_what_explains_the_probes_own_peak():
     job = job_of()
-    small = probe_job(job, probe_of(), 8)
-    peak = memory(small, True, CONTEXT, 0.4, saves_before_end=False).total
-    assert probed_fragmentation(job, probe_of(peaks=(peak / 2, peak))) == pytest.approx(0.4)
+    counted = memory(probe_job(job, probe_of(), 8), True, CONTEXT, 0.0, saves_before_end=False).total
+    plan = make_plan(job, cluster_of(), probe_of(peaks=(counted, counted + 7e7)))
+    assert plan.memory.fragmentation == pytest.approx(7e7)
 
 
 def test_a_peak_below_what_the_model_counts_is_no_negative_share():
