@@ -19,6 +19,9 @@ class GPTShape:
     max_seq_len: int
     vocab_size: int = 50_257
     intermediate_size: int | None = None  # None: 4 x hidden_size
+    # muP (Yang et al. 2022, Table 8): this width and head_dim over those of the base model; 1 is the usual GPT
+    width_ratio: float = 1.0
+    head_dim_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,4 +85,11 @@ def model_shape(config: ModelConfig, vocab_size: int | None, seq_len: int) -> GP
             f"train.seq_len={seq_len}, but model preset {config.preset} has {shape.max_seq_len} positions; "
             f"lower train.seq_len or set model.max_seq_len={seq_len}"
         )
+    if config.mup is not None:
+        head_dim = shape.hidden_size // shape.num_heads
+        ratios = {
+            "width_ratio": shape.hidden_size / config.mup.base_hidden_size,
+            "head_dim_ratio": head_dim / (config.mup.base_head_dim or head_dim),
+        }
+        shape = replace(shape, **ratios)
     return shape

@@ -167,6 +167,13 @@ class DataConfig(Section):
         return self
 
 
+class MupConfig(Section):
+    """Maximal update parametrization (Yang et al. 2022) relative to a base model; see docs/training.md."""
+
+    base_hidden_size: PositiveInt  # the width at which lr and the other settings were chosen
+    base_head_dim: PositiveInt | None = None  # hidden_size / num_heads there; none: as here, wider models have more
+
+
 class ModelConfig(Section):
     """A row of the size table in `model_sizes.py` (`preset`), any value of which can be overridden here."""
 
@@ -179,6 +186,7 @@ class ModelConfig(Section):
     max_seq_len: PositiveInt | None = None  # rows of the position table; none: the preset's, at least train.seq_len
     dropout: Rate = 0.0  # on embeddings and residuals
     attention_dropout: Rate = 0.0
+    mup: MupConfig | None = None  # gpt with adamw: models of any width have the same best settings
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, a third more compute
 
 
@@ -348,6 +356,11 @@ class PretrainConfig(Section):
             raise ValueError(
                 f"train.seq_len={train.seq_len} is more than model.max_seq_len={model.max_seq_len}; "
                 f"lower train.seq_len or raise model.max_seq_len"
+            )
+        if model.mup is not None and (model.architecture != "gpt" or train.optimizer.type != "adamw"):
+            raise ValueError(
+                f"model.mup is for model.architecture=gpt with train.optimizer.type=adamw, found {model.architecture} "
+                f"with {train.optimizer.type}; leave model.mup out"
             )
         if problem := _phase_problem(train, model):
             raise ValueError(problem)

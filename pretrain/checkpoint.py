@@ -153,11 +153,13 @@ def check_facts(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
             continue
         if name not in checkpoint.facts:
             raise CheckpointError(
-                f"{checkpoint.path}: does not say what {name} was, now it is {now}: another version of millstream has "
-                f"written it. Go on with that version, or start a new run_dir"
+                f"{checkpoint.path}: does not say what {name} was, now it is {now}: written without that setting or by "
+                f"another version of millstream. Go on without it or with that version, or start a new run_dir"
             )
         if checkpoint.facts[name] != now:
             why = "the order of the samples would change in the middle of the run"
+            if name.startswith("model."):
+                why = "the same weights would be another model"
             if is_of_optimizer:
                 why = "the optimizer's saved state means something else to another one"
             raise CheckpointError(

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForPreTraining, AutoToke
 from transformers.utils import logging
 
 from configs.load import ConfigError, load_pretrain
+from configs.model_sizes import BertShape
 from configs.schema import PretrainConfig
 from data_pipeline.samples import tokens_before
 from pretrain import checkpoint
@@ -29,7 +30,7 @@ from pretrain.checkpoint import Checkpoint, CheckpointError
 from pretrain.metrics import read_metrics
 from pretrain.models import build_model, hf
 from pretrain.models.bert import Bert
-from pretrain.models.gpt import GPT
+from pretrain.models.gpt import GPT, without_mup
 from pretrain.report import write_report
 
 Weight = Callable[[str], torch.Tensor]  # parameter -> the whole of it, fp32
@@ -106,7 +107,9 @@ def export(config: PretrainConfig, found: Checkpoint, run_dir: Path, output: Pat
     weight = checkpoint.weights(found, KEYS[which])
     model = load_model(config, weight, len(tokenizer))
     (aside / "config.json").write_text(json.dumps(hf.hf_config(model.shape, tokenizer.eos_token_id), indent=2))
-    write_weights(found, weight, config.model.architecture, aside)
+    shape = model.shape  # transformers' GPT-2 has no factors of muP's: they go into its weights
+    usual = weight if isinstance(shape, BertShape) else lambda name: without_mup(shape, name, weight(name))
+    write_weights(found, usual, config.model.architecture, aside)
     difference, largest = compare_logits(model, aside, len(tokenizer), config.train.longest_seq_len)
     if config.model.architecture == "bert":
         write_encoder(found, weight, aside, run_dir / "tokenizer")

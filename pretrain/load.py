@@ -26,4 +26,5 @@ def load(found: Checkpoint, config: PretrainConfig, model: Any, data: Stream, sa
 
 def facts(config: PretrainConfig, data: Stream, batch: int) -> dict[str, Any]:
     """What may not change within a run that has seen the batches before `batch`; every checkpoint says what it was."""
-    return data.facts(batch) | optimizer_facts(config.train.optimizer)
+    mup = {} if config.model.mup is None else {"model.mup": config.model.mup.model_dump(mode="json")}
+    return data.facts(batch) | optimizer_facts(config.train.optimizer) | mup

@@ -21,7 +21,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, layer_decay: float
 
     Raises ConfigError where muon or a layer_decay below 1 finds no layers in the model.
     """
-    groups = parameter_groups(model, config.weight_decay, apart=config.type == "muon", layer_decay=layer_decay)
+    width_ratio = getattr(getattr(model, "shape", None), "width_ratio", 1.0)  # of our GPT alone
+    groups = parameter_groups(model, config.weight_decay, config.type == "muon", layer_decay, width_ratio)
     optimizer: torch.optim.Optimizer
     match config.type:
         case "adamw":
@@ -32,24 +33,31 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, layer_decay: float
             optimizer = Lamb(groups, config.lr, config.betas, config.eps)
         case "muon":
             optimizer = Muon(groups, config.lr, config.momentum, config.betas, config.eps)
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * group["lr_scale"]
     if config.ema_decay is not None:
         keep_average(optimizer, config.ema_decay)
     return optimizer
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, apart: bool = False, layer_decay: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    apart: bool = False,
+    layer_decay: float = 1.0,
+    width_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: matrices decay; biases and normalisation weights do not (as GPT-2, GPT-3 and BERT do).
 
     Those that do not decay have `trust` False (see lamb.py). With `apart` the matrices inside the model's layers are
     groups of their own, with `orthogonalize` True (see muon.py). With a `layer_decay` below 1 each distance from the
-    head is too, with `lr_scale` layer_decay^distance, which the engine multiplies every rate by. Decided by the name
-    and the owning module, not by the number of axes: under ZeRO-3 a parameter is an empty vector. A tied parameter
-    appears once, under its first name.
+    head is too, with `lr_scale` layer_decay^distance, which the engine multiplies every rate by. A `width_ratio` other
+    than 1 is muP's (Yang et al. 2022, Table 8): matrices inside the layers learn slower by it, and decay stronger, so
+    that rate x decay stays. Decided by the name and the owning module, not by the number of axes: under ZeRO-3 a
+    parameter is an empty vector. A tied parameter appears once, under its first name.
     """
     distances = distances_from_head(model) if layer_decay < 1 else {}
-    inside = f"{longest_module_list(model)[0]}." if apart else None
+    inside = f"{longest_module_list(model)[0]}." if apart or width_ratio != 1 else None
     groups: dict[tuple[int, str], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
@@ -63,12 +71,16 @@ def parameter_groups(
                 kind = "matrices"
             groups.setdefault((distances.get(name, 0), kind), []).append(parameter)
     settings: dict[str, dict[str, Any]] = {
-        "matrices": {"weight_decay": weight_decay, "orthogonalize": True},
+        "matrices": {"weight_decay": weight_decay * width_ratio} | ({"orthogonalize": True} if apart else {}),
         "decayed": {"weight_decay": weight_decay},
         "kept": {"weight_decay": 0.0, "trust": False},
     }
     return [
-        {"params": groups[distance, kind], "lr_scale": layer_decay**distance, **more}
+        {
+            "params": groups[distance, kind],
+            "lr_scale": layer_decay**distance / (width_ratio if kind == "matrices" else 1.0),
+            **more,
+        }
         for distance in sorted({distance for distance, _ in groups})
         for kind, more in settings.items()
         if (distance, kind) in groups

@@ -16,18 +16,23 @@ INIT_STD = 0.02
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the two output layers start smaller by sqrt(2 x num_layers)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the two output layers start smaller by sqrt(2 x num_layers).
+
+    With muP all four matrices start smaller by sqrt(width_ratio), and attention is divided by head_dim / the square
+    root of the base model's, in place of sqrt(head_dim).
+    """
 
     def __init__(self, shape: GPTShape, dropout: float, attention_dropout: float) -> None:
         super().__init__()
-        output_std = INIT_STD / math.sqrt(2 * shape.num_layers)
+        std = INIT_STD / math.sqrt(shape.width_ratio)
+        output_std = std / math.sqrt(2 * shape.num_layers)
         self.attention_norm = nn.LayerNorm(shape.hidden_size)
         self.attention = Attention(
-            shape.hidden_size, shape.num_heads, attention_dropout, INIT_STD, output_std, causal=True
+            shape.hidden_size, shape.num_heads, attention_dropout, std, output_std, True, query_scale(shape)
         )
         self.mlp_norm = nn.LayerNorm(shape.hidden_size)
         intermediate_size = shape.intermediate_size or 4 * shape.hidden_size
-        self.mlp = MLP(shape.hidden_size, intermediate_size, "tanh", INIT_STD, output_std)
+        self.mlp = MLP(shape.hidden_size, intermediate_size, "tanh", std, output_std)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -82,7 +87,24 @@ class GPT(nn.Module):
             else:
                 x = block(x, mask)
         x = self.final_norm(x)
+        if self.shape.width_ratio != 1:
+            x = x / self.shape.width_ratio
         if labels is None:
             return x @ self.word_embeddings.weight.t()
         weight = self.word_embeddings.weight
         return token_losses("clm", x.flatten(0, 1), weight, None, labels.flatten(), label_smoothing, z_loss)
+
+
+def query_scale(shape: GPTShape) -> float:
+    """Factor of the queries: with it attention's usual 1 / sqrt(head_dim) becomes muP's, which goes as 1 / head_dim."""
+    return shape.head_dim_ratio**-0.5
+
+
+def without_mup(shape: GPTShape, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The weight with which a usual GPT-2 does what this model does with its parameter: muP's factors are in it."""
+    if name.startswith("final_norm.") and shape.width_ratio != 1:
+        return tensor / shape.width_ratio
+    if ".attention.qkv." in name and shape.head_dim_ratio != 1:
+        query, *others = tensor.chunk(3)
+        return torch.cat([query * query_scale(shape), *others])
+    return tensor

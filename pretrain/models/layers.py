@@ -61,13 +61,20 @@ def attention_mask(segment_ids: torch.Tensor | None, causal: bool) -> torch.Tens
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; query, key and value come from one matrix product."""
+    """Multi-head self-attention; query, key and value come from one matrix product. query_scale: of the queries."""
 
     def __init__(
-        self, hidden_size: int, num_heads: int, dropout: float, std: float, output_std: float, causal: bool
+        self,
+        hidden_size: int,
+        num_heads: int,
+        dropout: float,
+        std: float,
+        output_std: float,
+        causal: bool,
+        query_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.num_heads, self.dropout, self.causal = num_heads, dropout, causal
+        self.num_heads, self.dropout, self.causal, self.query_scale = num_heads, dropout, causal, query_scale
         self.qkv = Linear(hidden_size, 3 * hidden_size, std)
         self.output = Linear(hidden_size, hidden_size, output_std)
 
@@ -79,6 +86,8 @@ class Attention(nn.Module):
             mixed = varlen_attention(qkv.flatten(0, 1), mask, self.causal, dropout)  # (seq, heads, head_dim)
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, seq, head_dim)
+            if self.query_scale != 1:
+                q = q * self.query_scale
             mixed = attention(q, k, v, mask, self.causal, dropout).transpose(1, 2)
         return self.output(mixed.reshape(batch, seq, hidden_size))
 
