@@ -85,11 +85,8 @@ def model_shape(config: ModelConfig, vocab_size: int | None, seq_len: int) -> GP
             f"train.seq_len={seq_len}, but model preset {config.preset} has {shape.max_seq_len} positions; "
             f"lower train.seq_len or set model.max_seq_len={seq_len}"
         )
-    if config.mup is not None:
-        head_dim = shape.hidden_size // shape.num_heads
-        ratios = {
-            "width_ratio": shape.hidden_size / config.mup.base_hidden_size,
-            "head_dim_ratio": head_dim / (config.mup.base_head_dim or head_dim),
-        }
-        shape = replace(shape, **ratios)
-    return shape
+    if config.mup is None or isinstance(shape, BertShape):
+        return shape
+    head_dim = shape.hidden_size / shape.num_heads
+    width_ratio = shape.hidden_size / config.mup.base_hidden_size
+    return replace(shape, width_ratio=width_ratio, head_dim_ratio=head_dim / (config.mup.base_head_dim or head_dim))

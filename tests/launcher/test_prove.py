@@ -40,6 +40,12 @@ def test_the_other_number_of_ranks_is_the_nearest_that_divides_the_batch(monkeyp
     assert [other_ranks(small(), ranks) for ranks in (1, 2, 3)] == [2, 1, 2]
 
 
+def test_the_other_number_of_ranks_divides_every_size_of_a_batch_that_grows(monkeypatch):
+    monkeypatch.setattr("launcher.prove.visible_devices", lambda: [])
+    ramped = small(batch_ramp={"start_size": 4, "increment": 4, "num_samples": 20})
+    assert (other_ranks(small(), 4), other_ranks(ramped, 4)) == (3, 2)
+
+
 @pytest.mark.parametrize("value", ["3", "1001", "many"])
 def test_steps_without_a_middle_or_beyond_the_run_are_refused(value):
     with pytest.raises(ConfigError, match=f"steps={value}"):

@@ -35,9 +35,10 @@ def test_numbers_that_make_no_proof_are_refused(word):
 
 def test_runs_are_as_short_as_asked_and_nothing_of_them_leaves_the_machine():
     overrides = ["checkpoint.upload=s3://bucket/run", "train.schedule.warmup_steps=900", "train.num_steps=1000"]
+    overrides.append("train.budget=1h")
     config = load_pretrain(NANO, [*overrides, *prove_kills.own_words(str(NANO), overrides, 40)])
     assert (config.train.num_steps, config.train.schedule.warmup_steps, config.checkpoint.every_steps) == (40, 40, 5)
-    assert config.checkpoint.upload is None
+    assert config.checkpoint.upload is None and config.train.budget is None
     words = prove_kills.own_words(str(NANO), ["checkpoint.every_steps=20"], 40)
     assert "checkpoint.every_steps=20" in words
     with pytest.raises(ConfigError, match=r"checkpoint.every_steps=41: expected at most steps=40"):
