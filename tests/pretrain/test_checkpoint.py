@@ -181,7 +181,7 @@ def test_facts_that_changed_or_are_missing_are_named(tmp_path):
     checkpoint.check_facts(found, {"seed": 1})
     with pytest.raises(CheckpointError, match=r"step-00000005: was written with seed=1, now it is 2; the order of"):
         checkpoint.check_facts(found, {"seed": 2})
-    with pytest.raises(CheckpointError, match=r"does not say what packing was, now it is best_fit: another version"):
+    with pytest.raises(CheckpointError, match=r"does not say what packing was, now it is best_fit: written without"):
         checkpoint.check_facts(found, {"seed": 1, "packing": "best_fit"})
     with pytest.raises(CheckpointError, match=r"was written with seed=1, now it is None"):
         checkpoint.check_facts(found, {})
