@@ -150,6 +150,10 @@ def judge_folder(host: str, found: Facts, place: Facts, first: str, num_hosts: i
         text = f"what {first} has written in {where} is not there: {kind} of its own"
         cure = "a folder on a file system that all hosts mount (df -T on each), given as the last word and as run_dir"
         return [Finding(check, "fail", text, cure, (host,), -1)]
+    if found.get("next_missing"):
+        text = f"what another host has written in {where} does not appear within seconds"
+        cure = "shorter attribute caches (NFS: actimeo=3), or another file system for run_dir"
+        return [Finding(check, "fail", text, cure, (host,), -1)]
     if found.get("same_bytes") is False:
         cure = "have the file system checked; turn client caches off (actimeo=0 of NFS) and try again"
         return [Finding(check, "fail", f"another host's file in {where} reads as other bytes", cure, (host,), -1)]

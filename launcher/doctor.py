@@ -234,7 +234,7 @@ def judge(where: Where, answers: Answers, requirements: list[Requirement]) -> li
     first = names.get(0) or (where.hosts[0] if where.hosts else "")
     facts = {host: one["facts"] for host, one in hosts.items() if "facts" in one}
     torches = {host: one["torch"] for host, one in hosts.items() if "torch" in one}
-    found = [*silent(where, answers, facts)]
+    found = silent(where, answers, set(hosts))
     if facts:
         found += cluster.judge_versions(facts, requirements)
     found += cluster.judge_torch(torches)
@@ -247,26 +247,27 @@ def judge(where: Where, answers: Answers, requirements: list[Requirement]) -> li
         reached = bool(pairs) and not any("error" in pair for pair in pairs)
         found += cluster.judge_names(facts, reached)
         found += cluster.judge_ports({host: one["port"] for host, one in hosts.items() if "port" in one}, first)
+    made = hosts.get(first, {}).get("folder", {"visible": True})["visible"]
+    seen = all(one["folder"]["visible"] for one in hosts.values() if "folder" in one)
     for host, one in hosts.items():
         if "clock" in one:
             clock = one["clock"]
             found.append(cluster.judge_clock(host, first, clock["offset_seconds"], clock["error_seconds"]))
-        made = hosts.get(first, {}).get("folder", {"visible": True})["visible"]
         if "folder" in one and (made or host == first):
-            num_hosts = one["folder"]["hosts"]
-            found += cluster.judge_folder(host, one["folder"], one["facts"]["folder"], first, num_hosts)
+            measured = one["folder"] | ({} if seen else {"next_missing": False})  # it is the other host's fault
+            found += cluster.judge_folder(host, measured, one["facts"]["folder"], first, one["folder"]["hosts"])
     rounds = hosts.get(first, {}).get("rounds", {"measured": 0, "planned": 0})
     if pairs:
         found += cluster.judge_pairs(pairs, names, rounds["measured"], rounds["planned"])
     return found + unfinished(hosts, {host for finding in found if finding.state == "fail" for host in finding.hosts})
 
 
-def silent(where: Where, answers: Answers, facts: dict[str, Any]) -> list[Finding]:
+def silent(where: Where, answers: Answers, heard: set[str]) -> list[Finding]:
     """Hosts of which nothing came, with what ssh or srun said instead."""
-    expected = where.hosts or (() if facts else tuple(answers.codes))
+    expected = where.hosts or (() if heard else tuple(answers.codes))
     found = []
     for host in expected:
-        if host in facts:
+        if host in heard:
             continue
         words = answers.errors.get(host, "").strip().splitlines()
         text = words[-1] if words else f"no answer within {LIMIT_SECONDS:.0f} s"
@@ -278,7 +279,7 @@ def silent(where: Where, answers: Answers, facts: dict[str, Any]) -> list[Findin
         found.append(Finding("reachable", "fail", text, cure, (host,)))
     seen = {line["rank"] for line in answers.lines}
     num_tasks = max((line.get("hosts", 1) for line in answers.lines), default=0)
-    if where.kind == "slurm" and facts and (missing := sorted(set(range(num_tasks)) - seen)):
+    if where.kind == "slurm" and heard and (missing := sorted(set(range(num_tasks)) - seen)):
         text = f"tasks {', '.join(map(str, missing[:8]))} of {num_tasks} said nothing"
         found.append(Finding("reachable", "fail", text, "scontrol show node; is the checkout seen from there?"))
     return found

@@ -22,11 +22,11 @@ def torch_facts() -> dict[str, Any]:
     found: dict[str, Any] = {"cuda": torch.version.cuda, "import_seconds": time.monotonic() - began, "devices": []}
     found["available"] = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if found["available"]:
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         found["kernels"] = torch.cuda.get_arch_list()
         try:
+            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
             found["devices"], found["loaded"] = load_devices()
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             found["device_error"] = str(error).splitlines()[0]
     return found
 

@@ -20,6 +20,7 @@ from typing import Any
 NUM_BYTES = 16_000_000
 NUM_SYNCS = 8
 VISIBLE_SECONDS = 5.0  # NFS may look at a folder again only after some seconds
+FILE_SECONDS = 3.0
 RENAME_SECONDS = 0.7
 VALUE_BYTES = 65_536
 
@@ -28,8 +29,8 @@ def check_folder(folder: Path, token: str, rank: int, num_hosts: int, barrier: C
     """Measure `folder` together with the other hosts; the files go into a folder of its own, named by `token`.
 
     Returns what is known: "visible" (this host sees the folder that the first one made), "write_mb_s", "sync_ms",
-    "read_mb_s" (None for one host: it would read its own memory), "reads" and "torn_reads" of a file that is
-    replaced all the time, "lock" (kept, not kept, or the error), "error".
+    "read_mb_s" (not for one host: it would read its own memory) or "next_missing", "reads" and "torn_reads" of a file
+    that is replaced all the time, "lock" (kept, not kept, or the error), "error".
     """
     place, found = folder / f".millstream-doctor-{token}", dict[str, Any]()
     try:
@@ -38,7 +39,7 @@ def check_folder(folder: Path, token: str, rank: int, num_hosts: int, barrier: C
     except OSError as error:
         found["error"] = str(error)
     barrier("folder made")
-    found["visible"] = "error" not in found and wait_for(place)
+    found["visible"] = "error" not in found and wait_for(place, VISIBLE_SECONDS)
     steps: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         ("write", lambda: write(place / f"host-{rank}", rank)),
         ("read", lambda: read(place, (rank + 1) % num_hosts) if num_hosts > 1 else {}),
@@ -61,8 +62,8 @@ def check_folder(folder: Path, token: str, rank: int, num_hosts: int, barrier: C
     return found
 
 
-def wait_for(path: Path) -> bool:
-    deadline = time.monotonic() + VISIBLE_SECONDS
+def wait_for(path: Path, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > deadline:
             return False
@@ -96,8 +97,8 @@ def write(path: Path, rank: int) -> dict[str, Any]:
 def read(place: Path, of_rank: int) -> dict[str, Any]:
     """Read what the next host has written."""
     path, expected = place / f"host-{of_rank}", content(of_rank)
-    if not wait_for(path):
-        raise OSError(f"the file of host number {of_rank} does not appear")
+    if not wait_for(path, FILE_SECONDS):
+        return {"next_missing": True}
     began = time.perf_counter()
     found = path.read_bytes()
     speed = NUM_BYTES / (time.perf_counter() - began) / 1e6
@@ -111,7 +112,7 @@ def rename(path: Path, rank: int) -> dict[str, Any]:
     if rank == 0:
         writer.start()
     reads = torn = 0
-    if wait_for(path):
+    if wait_for(path, FILE_SECONDS):
         while time.monotonic() < deadline - 0.1 or not reads:
             try:
                 value = path.read_bytes()

@@ -32,7 +32,7 @@ PIECE = 700
 LIMIT_SECONDS = 55.0
 GATHER_SECONDS = 30.0  # from the start: a cold `import torch` from a shared file system takes its time
 STEP_SECONDS = 15.0
-PORT_SECONDS = 10.0
+PORT_SECONDS = 15.0
 PAIR_SECONDS = 1.0  # for one round at most
 NUM_PINGS = 8
 STARTED = time.monotonic()
@@ -40,21 +40,20 @@ STARTED = time.monotonic()
 
 def check(place: Placement, request: dict[str, Any], say: Callable[..., None]) -> int:
     """Report everything; returns the exit code."""
-    names = request["hosts"] or [place.master_addr]
-    say("facts", **facts(request["folder"], request["cache"], names, request["packages"]))
-    doing = {"what": "importing torch"}
+    doing = {"what": "looking at its folders, names and GPUs"}
     stop_in_time(say, doing)
     rank, num_hosts = int(place.rank), int(place.world_size)
-    listener = None
+    problem, listener = open_port(place) if rank == 0 and num_hosts > 1 else (None, None)
+    names = request["hosts"] or [place.master_addr]
+    say("facts", **facts(request["folder"], request["cache"], names, request["packages"]))
     if num_hosts > 1:
-        problem, listener = reach_port(place, rank)
-        if problem:
-            say("port", error=problem, port=place.master_port, address=place.master_addr)
-        else:
-            say("port", port=place.master_port, address=place.master_addr)
-        if problem and rank == 0:
-            return 1
+        if rank:
+            problem = reach_port(place)
+        say("port", port=place.master_port, address=place.master_addr, **({"error": problem} if problem else {}))
+    doing["what"] = "importing torch"
     say("torch", **torch_facts())
+    if problem:
+        return 1
     hosts = Hosts.alone(doing)
     if num_hosts > 1:
         doing["what"] = f"joining the others at {place.master_addr}:{place.master_port}"
@@ -65,7 +64,7 @@ def check(place: Placement, request: dict[str, Any], say: Callable[..., None]) -
         else:
             offset, error = ask_time(hosts)
             say("clock", offset_seconds=offset, error_seconds=error)
-    measure_together(hosts, request, say)
+    measure_together(hosts, place, request, say)
     say("end")
     hosts.barrier("end", stays=True)
     return 0
@@ -107,29 +106,33 @@ def stop_in_time(say: Callable[..., None], doing: dict[str, str]) -> None:
     timer.start()
 
 
-def reach_port(place: Placement, rank: int) -> tuple[str | None, socket.socket | None]:
-    """Open the rendezvous port (the first host) or connect to it: what is wrong with it, and the open port.
+def open_port(place: Placement) -> tuple[str | None, socket.socket | None]:
+    """Listen on the rendezvous port: what is wrong with it, and the open port.
 
-    Without torch, so that a firewall is told from everything else. The kernel takes connections before the first
-    host has imported torch.
+    Without torch, so that a firewall is told from everything else, and before anything that takes its time. The
+    kernel takes connections from then on; torch's store gets the port later.
     """
-    port = int(place.master_port)
-    if rank == 0:
-        both = socket.has_dualstack_ipv6()
-        try:
-            family = socket.AF_INET6 if both else socket.AF_INET
-            return None, socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
-        except OSError as error:
-            return f"cannot listen: {error}", None
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        return None, socket.create_server(
+            ("", int(place.master_port)), family=family, dualstack_ipv6=both, backlog=1024
+        )
+    except OSError as error:
+        return f"cannot listen: {error}", None
+
+
+def reach_port(place: Placement) -> str | None:
+    """Connect to it: what is wrong."""
     deadline, problem = time.monotonic() + PORT_SECONDS, ""
     while time.monotonic() < deadline:
         try:
-            socket.create_connection((place.master_addr, port), timeout=5).close()
-            return None, None
+            socket.create_connection((place.master_addr, int(place.master_port)), timeout=5).close()
+            return None
         except OSError as error:
             problem = str(error)
             time.sleep(0.2)
-    return problem, None
+    return problem
 
 
 @dataclass
@@ -213,7 +216,7 @@ def clock_offset(exchanges: list[tuple[float, float, float]]) -> tuple[float, fl
     return (asked + answered) / 2 - answer, (answered - asked) / 2
 
 
-def measure_together(hosts: Hosts, request: dict[str, Any], say: Callable[..., None]) -> None:
+def measure_together(hosts: Hosts, place: Placement, request: dict[str, Any], say: Callable[..., None]) -> None:
     from pretrain.folder_checks import check_folder
 
     folder, num_hosts = Path(request["folder"]).expanduser(), len(hosts.members)
@@ -222,9 +225,10 @@ def measure_together(hosts: Hosts, request: dict[str, Any], say: Callable[..., N
         return
     import torch
 
-    from pretrain.pair_checks import measure_pair, rounds
+    from pretrain.pair_checks import measure_pair, own_address, rounds
 
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    here = own_address(place.master_addr)
     planned, left = rounds(num_hosts), LIMIT_SECONDS - 10 - (time.monotonic() - STARTED)
     seconds = min(PAIR_SECONDS, 0.5 * left / len(planned))
     for number, pairs in enumerate(planned):
@@ -232,7 +236,7 @@ def measure_together(hosts: Hosts, request: dict[str, Any], say: Callable[..., N
         for lower, higher in pairs:
             if hosts.me in (lower, higher):
                 hosts.doing["what"] += f" (ranks {hosts.members[lower]} and {hosts.members[higher]})"
-                rate = measure_pair(hosts.store, lower, higher, hosts.me, seconds, on_gpu)
+                rate = measure_pair(hosts.store, lower, higher, hosts.me, here, seconds, on_gpu)
                 if hosts.me == lower or "error" in rate:
                     say("pair", pair=[hosts.members[lower], hosts.members[higher]], on_gpu=on_gpu, **rate)
         if hosts.me == 0:  # one clock decides for all

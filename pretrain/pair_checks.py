@@ -6,6 +6,8 @@ links of a round are used at once, as in a run.
 
 from __future__ import annotations
 
+import os
+import socket
 import statistics
 import time
 from datetime import timedelta
@@ -14,7 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrain.host_facts import interfaces
+
 CONNECT_SECONDS = 6.0
+REACH_SECONDS = 3.0
 PROBE_BYTES, LARGEST_BYTES = 1_000_000, 256_000_000
 REPEATS = 3
 NUM_LATENCIES = 20
@@ -32,13 +37,47 @@ def rounds(num_hosts: int) -> list[list[tuple[int, int]]]:
     return planned
 
 
-def measure_pair(store: dist.Store, lower: int, higher: int, me: int, seconds: float, on_gpu: bool) -> dict[str, Any]:
+def own_address(first: str) -> str:
+    """The address at which this host is reached: of the interface that is set, or that leads to the first host."""
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME") or ""
+    if address := interfaces().get(chosen):
+        return address
+    family, kind, _, _, place = socket.getaddrinfo(first, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def unreachable(store: dist.Store, is_lower: bool, address: str) -> str | None:
+    """Why the higher of a pair cannot connect to the lower one, None if it can; the same answer on both.
+
+    gloo and NCCL would try for long and say less.
+    """
+    if is_lower:
+        with socket.create_server(("", 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
+            store.set("listens", f"{address} {listener.getsockname()[1]}")
+            return store.get("reached").decode() or None
+    there, port = store.get("listens").decode().split()
+    try:
+        socket.create_connection((there, int(port)), timeout=REACH_SECONDS).close()
+        problem = ""
+    except OSError as error:
+        problem = f"no connection to {there}:{port} ({error})"
+    store.set("reached", problem)
+    return problem or None
+
+
+def measure_pair(
+    store: dist.Store, lower: int, higher: int, me: int, address: str, seconds: float, on_gpu: bool
+) -> dict[str, Any]:
     """GB/s (bytes of the tensor over the time of its all-reduce: for two hosts the bandwidth of the link) and the time
     of an all-reduce of 8 bytes in microseconds. Takes about `seconds`; a partner that cannot be reached is an "error".
     """
     own = dist.PrefixStore(f"pair/{lower}-{higher}", store)
     rank, wait = int(me == higher), timedelta(seconds=CONNECT_SECONDS)
     try:
+        if problem := unreachable(own, me == lower, address):
+            return {"error": problem}
         group = nccl(own, rank, wait) if on_gpu else dist.ProcessGroupGloo(own, rank, 2, wait)
         device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         small = torch.ones(2, device=device)

@@ -27,6 +27,7 @@ ENTRY_FILES = {
     "pretrain.export",
     "pretrain.probe",
     "pretrain.replay",
+    "pretrain.host_checks",
     "finetune.run",
     "launcher.cli",
     "launcher.demo",

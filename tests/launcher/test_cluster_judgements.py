@@ -115,6 +115,7 @@ def test_clocks(offset, error, state):
         ({}, []),
         ({"visible": False}, [("shared folder", "fail")]),
         ({"error": "[Errno 28] No space left on device"}, [("shared folder", "fail")]),
+        ({"next_missing": True}, [("shared folder", "fail")]),
         ({"same_bytes": False}, [("shared folder", "fail")]),
         ({"torn_reads": 2}, [("shared folder", "warn")]),
         ({"torn_reads": 200}, [("shared folder", "fail")]),

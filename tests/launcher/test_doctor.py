@@ -88,6 +88,14 @@ def test_a_silent_host_is_named_with_the_cure_for_what_ssh_said(said, cure):
     assert finding.text == (said or "ended with code 255 and said nothing")
 
 
+def test_a_host_that_stood_still_before_its_facts_says_what_it_waited_for():
+    line = {"doctor": "stuck", "rank": 1, "hosts": 2, "node": "h2", "what": "looking at its folders, names and GPUs"}
+    where = Where("hosts", Path("/runs"), ("h2",))
+    (finding,) = judge(where, Answers([line], {}, {"h2": 1}), [])
+    assert (finding.state, finding.hosts) == ("fail", ("h2",))
+    assert "looking at its folders" in finding.text and "df" in finding.cure
+
+
 def run_doctor(words: list[str], shell: str = "") -> tuple[int, str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = ["bash", "-c", f'{shell} exec "$@"', "bash", sys.executable, "-m", "launcher.cli", "doctor", *words]

@@ -9,8 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from pretrain import folder_checks
+from pretrain import folder_checks, host_checks, pair_checks
 from pretrain.host_checks import clock_offset
 from pretrain.host_facts import (
     cpu_quota,
@@ -20,7 +21,8 @@ from pretrain.host_facts import (
     parse_processes,
     parse_rows,
 )
-from pretrain.pair_checks import rounds
+from pretrain.pair_checks import measure_pair, rounds
+from pretrain.placement import Placement
 
 
 @pytest.mark.parametrize("num_hosts", [2, 3, 4, 7, 16])
@@ -110,11 +112,12 @@ def test_a_shared_folder_is_seen_and_nothing_stays_in_it(tmp_path):
 
 def test_a_folder_of_ones_own_is_not_a_shared_one(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_checks, "VISIBLE_SECONDS", 0.2)
+    monkeypatch.setattr(folder_checks, "FILE_SECONDS", 0.2)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     first, second = check_from([tmp_path / "a", tmp_path / "b"])
     assert first["visible"] and not second["visible"]
-    assert "host number 1 does not appear" in first["error"]
+    assert first["next_missing"] and "read_mb_s" not in second
 
 
 def test_a_writer_that_does_not_rename_and_locks_that_are_not_kept_are_noticed(tmp_path, monkeypatch):
@@ -136,3 +139,45 @@ def test_a_folder_that_cannot_be_made_is_an_error_for_all(tmp_path):
     (tmp_path / "file").write_text("in the way")
     found = check_from([tmp_path / "file" / "runs"])
     assert "Not a directory" in found[0]["error"]
+
+
+def place(port: int) -> Placement:
+    return Placement("0", "2", "0", "1", "127.0.0.1", str(port))
+
+
+def test_the_rendezvous_port_is_reached_once_it_is_open_and_refused_where_it_is_taken(monkeypatch):
+    monkeypatch.setattr(host_checks, "PORT_SECONDS", 0.3)
+    problem, listener = host_checks.open_port(place(0))
+    assert problem is None and listener is not None
+    port = listener.getsockname()[1]
+    assert host_checks.reach_port(place(port)) is None
+    problem, none = host_checks.open_port(place(port))
+    assert none is None and "cannot listen" in problem and "in use" in problem
+    listener.close()
+    assert "refused" in host_checks.reach_port(place(port))
+
+
+def measure(addresses: list[str]) -> list[dict]:
+    """A pair of hosts, here threads."""
+    store, found = dist.HashStore(), [{}, {}]
+
+    def host(me: int) -> None:
+        found[me] = measure_pair(store, 0, 1, me, addresses[me], 0.2, on_gpu=False)
+
+    threads = [threading.Thread(target=host, args=[me]) for me in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_a_pair_measures_its_link():
+    for found in measure(["127.0.0.1", "127.0.0.1"]):
+        assert found["gb_s"] > 0.01 and found["latency_us"] > 1
+
+
+def test_a_pair_without_a_way_says_so_on_both_sides_within_seconds(monkeypatch):
+    monkeypatch.setattr(pair_checks, "REACH_SECONDS", 0.2)
+    first, second = measure(["240.0.0.1", "127.0.0.1"])  # an address that nobody may have
+    assert first == second and first["error"].startswith("no connection to 240.0.0.1:")
