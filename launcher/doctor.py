@@ -30,17 +30,17 @@ from rich.table import Table
 
 from configs.errors import ConfigError
 from launcher import cluster_judgements as cluster
+from launcher.exports import PREFIXES, exports, is_secret
 from launcher.findings import Finding, merge, name_hosts
 from launcher.gpu_judgements import judge_gpu_speeds, judge_gpus
 from launcher.host_judgements import judge_host
 from launcher.hosts import read_hostfile
+from launcher.ssh import address_of, ssh_options
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "pretrain.host_checks"
 LIMIT_SECONDS = 60.0  # the hosts' programs end themselves 5 s earlier
-CONNECT_SECONDS = 10
 USUAL_PORT = "29500"  # torch's and deepspeed's own default
-PASSED_ON = ("NCCL_", "GLOO_", "UCX_", "DS_ACCELERATOR", "OMP_NUM_THREADS")  # to hosts over ssh, as deepspeed does
 COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 SSH_CURES = {
     "Permission denied": "ssh-copy-id to this host: it has to work without a password (BatchMode)",
@@ -134,7 +134,7 @@ def request(where: Where, requirements: list[Requirement]) -> dict[str, Any]:
     return {
         "folder": str(where.folder),
         "cache": cache,
-        "hosts": list(where.hosts),
+        "hosts": [address_of(host) for host in where.hosts],
         "packages": [need.name for need in requirements],
         "token": secrets.token_hex(6),
     }
@@ -148,21 +148,16 @@ def commands(where: Where, request: dict[str, Any]) -> dict[str, list[str]]:
     if where.kind == "slurm":
         own = ["--ntasks-per-node=1", "--kill-on-bad-exit=0", f"--chdir={ROOT}"]
         return {"srun": ["srun", *own, *where.options, *program]}
+    # On a command line, which others can read: what deepspeed's file has beside the network's settings stays here.
+    passed = {n: value for n, value in exports(os.environ).items() if n.startswith(PREFIXES) and not is_secret(n)}
+    port = os.environ.get("MASTER_PORT", USUAL_PORT)
+    passed |= {"WORLD_SIZE": str(len(where.hosts)), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": port}
+    passed["MASTER_ADDR"] = address_of(where.hosts[0])
     found = {}
     for rank, host in enumerate(where.hosts):
-        variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-        variables |= {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(len(where.hosts)),
-            "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": "1",
-        }
-        variables |= {"MASTER_ADDR": where.hosts[0], "MASTER_PORT": os.environ.get("MASTER_PORT", USUAL_PORT)}
-        settings = [f"{name}={value}" for name, value in variables.items()]
-        line = f"cd {shlex.quote(str(ROOT))} && exec env {shlex.join([*settings, *program])}"
-        own = shlex.split(os.environ.get("MILLSTREAM_SSH_ARGS", ""))  # as launcher/ssh.py
-        ssh = ["ssh", *own, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
-        found[host] = [*ssh, host, line]
+        settings = [f"{name}={value}" for name, value in passed.items()]
+        line = f"cd {shlex.quote(str(ROOT))} && exec env {shlex.join([f'RANK={rank}', *settings, *program])}"
+        found[host] = ["ssh", *ssh_options(), host, line]
     return found
 
 

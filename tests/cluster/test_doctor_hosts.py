@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,17 +21,13 @@ OWN = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory) -> Iterator[Hosts]:
     with network_hosts(tmp_path_factory.mktemp("doctor") / "hosts", 3) as found:
-        (found.folder / "bin").mkdir()
-        ssh = found.folder / "bin" / "ssh"  # what a user has in ~/.ssh/config
-        ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {found.ssh_arguments} "$@"\n')
-        ssh.chmod(0o755)
         (found.folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in found.addresses))
         yield found
 
 
 def doctor(hosts: Hosts, folder: Path) -> tuple[int, str]:
     command = [sys.executable, "-m", "launcher.cli", "doctor", "--hosts", f"{hosts.folder}/hostfile", str(folder)]
-    environment = os.environ | OWN | {"PATH": f"{hosts.folder}/bin:{os.environ['PATH']}"}
+    environment = os.environ | OWN | {"MILLSTREAM_SSH_ARGS": hosts.ssh_arguments}
     done = subprocess.run(
         hosts.inside("h1", command), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100
     )

@@ -47,18 +47,20 @@ def test_without_srun_slurm_is_an_error(monkeypatch):
         parse(["--slurm"])
 
 
-def test_ssh_asks_for_no_password_keeps_host_keys_checked_and_carries_network_settings_only(monkeypatch):
+def test_ssh_asks_for_no_password_keeps_host_keys_checked_and_carries_network_settings_only(monkeypatch, tmp_path):
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1 x")
     monkeypatch.setenv("MASTER_PORT", "4711")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
-    found = commands(Where("hosts", Path("/runs"), ("h1", "h2")), REQUEST)
-    assert list(found) == ["h1", "h2"]
-    ssh = found["h2"]
-    assert ssh[:3] == ["ssh", "-o", "BatchMode=yes"] and ssh[-2] == "h2"
+    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "variables"))
+    (tmp_path / "variables").write_text("WANDB_API_KEY=hush\nNOTE=hush\n")
+    found = commands(Where("hosts", Path("/runs"), ("me@h1", "me@h2")), REQUEST)
+    assert list(found) == ["me@h1", "me@h2"]
+    ssh = found["me@h2"]
+    assert ssh[:3] == ["ssh", "-o", "BatchMode=yes"] and ssh[-2] == "me@h2"
     assert "StrictHostKeyChecking" not in " ".join(ssh)
     line = ssh[-1]
     assert "'NCCL_SOCKET_IFNAME=eth1 x'" in line and "hush" not in line
-    assert "RANK=1 WORLD_SIZE=2" in line and "MASTER_ADDR=h1 MASTER_PORT=4711" in line
+    assert "RANK=1 " in line and "WORLD_SIZE=2" in line and "MASTER_PORT=4711 MASTER_ADDR=h1 " in line
 
 
 def test_pieces_of_several_hosts_in_one_stream_are_put_together():
