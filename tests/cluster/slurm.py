@@ -44,6 +44,7 @@ ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=6
 KillWait=5
+MessageTimeout=4
 JobCompType=jobcomp/none
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
