@@ -43,13 +43,22 @@ class AnswersConfig(Section):
     language: Literal["en", "ar", "de", "es", "hi", "ru", "vi", "zh"] = "en"  # how answers are compared; see squad.py
 
 
+class TaggingConfig(Section):
+    """Tagging: where the tags stand, how spans are written for training, how they are decoded."""
+
+    column: int | None = None  # from 0, -1 the last; none: the last one of CoNLL, UPOS (3) of CoNLL-U
+    scheme: Literal["BIO", "BIOES", "IO"] | None = None  # none: as the file writes its spans
+    document_context: bool = False  # rows are filled with the sentences around, of the same document
+    constrained: bool = True  # only sequences that the scheme allows
+
+
 class FinetuneConfig(Section):
     """A downstream task on a Hugging Face directory."""
 
-    task: Literal["classification", "regression", "qa"]
+    task: Literal["classification", "regression", "qa", "tagging"]
     model: str  # the directory: an export of ours or anybody's
     from_scratch: bool = False  # same architecture and tokenizer, weights drawn anew: the baseline
-    train: str  # file of training examples: .jsonl(.gz|.zst), .tsv or .csv; qa: SQuAD's .json
+    train: str  # file of training examples: .jsonl(.gz|.zst), .tsv or .csv; qa: SQuAD's .json; tagging: CoNLL
     dev: str  # file of held-out examples
     text_keys: list[str] = ["text"]  # one column, or two for sentence pairs
     label_key: str = "label"
@@ -58,6 +67,7 @@ class FinetuneConfig(Section):
     max_train_examples: PositiveInt | None = None  # the first ones of the shuffled file
     tuning: TuningConfig = TuningConfig()
     answers: AnswersConfig = AnswersConfig()  # qa
+    tagging: TaggingConfig = TaggingConfig()
     log: LogConfig = LogConfig()
     zero: ZeroConfig = ZeroConfig()
     launch: LaunchConfig = LaunchConfig()

@@ -32,13 +32,13 @@ from configs.tuning import FinetuneConfig
 from data_pipeline import order
 from data_pipeline.shards import DataError
 from finetune.models import check_directory, load_tokenizer
-from finetune.tasks import IGNORE_INDEX, ON_HOST, Row, classification, qa, regression
+from finetune.tasks import IGNORE_INDEX, ON_HOST, Row, classification, qa, regression, tagging
 from pretrain import engine, runtime
 from pretrain.metrics import open_metrics
 from pretrain.optim import learning_rate
 from pretrain.runtime import Runtime
 
-TASKS = {"classification": classification, "regression": regression, "qa": qa}
+TASKS = {"classification": classification, "regression": regression, "qa": qa, "tagging": tagging}
 BUCKET_BATCHES = 16  # rows are sorted by length within this many batches: less padding, still well mixed
 
 

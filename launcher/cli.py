@@ -38,7 +38,7 @@ usage: millstream VERB CONFIG [key=value ...]
   prove kills CONFIG           the same with ranks killed at many random moments (kills=100 steps=40 seed=0)
   replay RUN_DIR|CONFIG STEP   runs the batch of that step again and shows where its numbers go wrong (exact=false)
   export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, weights=ema, output=DIR)
-  finetune CONFIG              an exported directory -> a classifier, regression or question answering
+  finetune CONFIG              an exported directory -> a classifier, regression, question answering, a tagger
   status RUN_DIR ...           does it run, how far is it, how did it end; of several runs a table
   logs RUN_DIR                 the first failing rank's traceback, then all ranks' logs; --rank N, --follow
   watch RUN_DIR ...            a live page of one run or several overlaid, at http://127.0.0.1:8642 (--host, --port);
