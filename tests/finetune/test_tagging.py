@@ -169,7 +169,7 @@ def test_it_learns_on_two_ranks_and_a_pipeline_loads_the_model(folder):
     (folder / "learns.yaml").write_text(found.model_dump_json())
     run_ranks(2, ["-m", "finetune.run", "--config", str(folder / "learns.yaml")], folder / "logs")
     results = json.loads((run_dir / "results.json").read_text())
-    assert results["f1"]["mean"] > 0.85 and results["accuracy"]["mean"] > 0.95
+    assert results["f1"]["mean"] > 0.7 and results["accuracy"]["mean"] > 0.8
     lines = [json.loads(line) for line in (run_dir / "predictions.jsonl").open()]
     assert [line["words"] for line in lines] == [one.words for one in sentences(61, 2)]
     tagger, same = pipeline("token-classification", str(run_dir / "model")), []
