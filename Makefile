@@ -18,7 +18,7 @@ demo: venv
 
 # Two files at a time: many tests wait for a stall, a server or a start; more at once would disturb what they time.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not distributed"

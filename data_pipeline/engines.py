@@ -229,6 +229,7 @@ def _run_local(executor: Any, logs: Path, num_ranks: int) -> None:
                 return
 
     watcher = threading.Thread(target=watch, daemon=True)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     watcher.start()
     try:
         executor.run()
@@ -239,6 +240,7 @@ def _run_local(executor: Any, logs: Path, num_ranks: int) -> None:
     finally:
         ended.set()
         watcher.join()
+        signal.signal(signal.SIGINT, handler)
 
 
 def _is_gone(logs: Path, rank: int) -> bool:

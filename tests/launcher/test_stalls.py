@@ -144,17 +144,20 @@ def thaw(disk: Path) -> None:
 def test_rank_that_never_came_is_named(config, tmp_path):
     """Rank 1's process is there, but does not come as far as its first mark: it is stopped while it imports."""
     process = start(config, tmp_path, f"launch.stall_seconds={STALL}")
-    wait_until(lambda: children(process.pid), process)
-    wait_until(lambda: len(children(process.pid)) == 2, process)
-    os.kill(max(children(process.pid)), signal.SIGSTOP)
+    wait_until(lambda: rank_process(process.pid, 1), process)
+    os.kill(rank_process(process.pid, 1) or 0, signal.SIGSTOP)
     _, error = process.communicate(timeout=BOUND + 30)
     assert process.returncode == 124, error
     assert "rank 1 is behind and made no mark at all" in error
     assert "it was not started, or still imports" in error
 
 
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def rank_process(launcher: int, rank: int) -> int | None:
+    """The process of this rank, once the launcher has started it."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    return None
 
 
 def test_under_another_launcher_a_rank_names_the_one_behind_and_ends_the_job(config, tmp_path):
