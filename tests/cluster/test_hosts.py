@@ -95,7 +95,8 @@ def test_pdsh_run_with_a_host_cut_off_stands_still_ends_and_goes_on_as_if_nothin
     try:
         out, err = process.communicate(timeout=80)
         assert process.returncode == 124 and time.monotonic() - began < 45, out[-2000:] + err[-2000:]
-        assert "the run has stood still for" in out + err and SECRET not in out + err
+        # whichever rank reports: what the one on the lost host prints arrives nowhere
+        assert "stall" in [incident["kind"] for incident in read_incidents(run_dir)] and SECRET not in out + err
         assert cluster.hosts.running("h1", "pretrain.train") == cluster.hosts.running("h2", "pretrain.train") == []
     finally:
         cluster.hosts.connect_again("h2")
