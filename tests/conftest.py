@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,3 +31,11 @@ def signals_as_they_were() -> Iterator[None]:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     signal.set_wakeup_fd(-1)
+
+
+def stays_in_shared_memory(before: set[str]) -> set[str]:
+    """What has come into /dev/shm and is there half a minute later: other tests' mpirun has files there as it runs."""
+    deadline = time.monotonic() + 30
+    while (new := set(os.listdir("/dev/shm")) - before) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return new

@@ -23,7 +23,7 @@ import pytest
 from configs.schema import CacheConfig
 from data_pipeline import remote_sources, store
 from data_pipeline.shards import DataError, open_dataset, write_manifest, write_shard
-from tests.conftest import ROOT
+from tests.conftest import ROOT, stays_in_shared_memory
 
 NUM_SHARDS, SHARD_TOKENS = 5, 20_000
 SHARDS = [f"shard-{number:05d}.tokens" for number in range(NUM_SHARDS)]
@@ -106,7 +106,7 @@ class Handler(SimpleHTTPRequestHandler):
 def shared_memory_is_left_as_it_was() -> Iterator[None]:
     before = set(os.listdir("/dev/shm"))
     yield
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not stays_in_shared_memory(before)
 
 
 @pytest.fixture(scope="module")
@@ -409,11 +409,11 @@ def test_cache_smaller_than_a_shard_says_what_to_raise(server, tmp_path):
 
 
 def test_prefetch_transfers_ahead_as_many_as_allowed(corpus, server, tmp_path):
-    server.drip_seconds = 0.1
+    server.drip_seconds = 0.3
     data = open_dataset(f"{server.url}/train", config(tmp_path, prefetch_shards=2))
     started = time.monotonic()
     data.prefetch(range(1, NUM_SHARDS))
-    assert time.monotonic() - started < 0.5  # it does not wait for the transfers, which take a second
+    assert time.monotonic() - started < 1.5  # it does not wait for the transfers, which take three seconds
     wait_until(lambda: server.count(SHARDS[2]))
     data.prefetch(range(1, NUM_SHARDS))
     time.sleep(0.2)
