@@ -1,6 +1,6 @@
 # make demo   the main job: docstrings (or TEXT='a.txt b.jsonl.zst') -> pretrained BERT and GPT -> fine-tuned classifier
 # make test   linters, types and the whole test suite, with real 2-process ZeRO-3 runs
-# make quick  the part of the tests that takes two minutes
+# make quick  the part of the tests that takes three minutes
 # make venv   only the environment
 
 SHELL := /bin/bash
