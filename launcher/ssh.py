@@ -32,6 +32,7 @@ from launcher.logs import begin_logs
 from launcher.watch import Watch
 
 CONNECT_SECONDS = 30  # in which every host must have answered
+OTHERS_SECONDS = 3.0  # from the first host that failed to the report, for other hosts to fail too
 CLOSE_SECONDS = 10.0  # from the end of a host's last rank to that of its ssh
 LOST = -signal.SIGHUP  # the exit code of a rank whose host is gone
 RECORD = b"\x1e"  # begins what a host says; it ends with the line
@@ -185,12 +186,15 @@ def run_hosts(
 
 
 def wait_for_answers(hosts: list[Host], signals: Signals) -> None:
-    """Until every host has said its port, or a signal comes."""
+    """Until every host has said its port, or a signal comes; raises ConfigError that names all that do not answer."""
     deadline = time.monotonic() + CONNECT_SECONDS
-    while any(host.port is None for host in hosts) and signals.number is None:
-        ended = [host for host in hosts if host.port is None and host.process.poll() is not None]
-        silent = [host for host in hosts if host.port is None] if time.monotonic() > deadline else []
-        if ended or silent:
+    others_deadline = deadline  # after the first fault: a moment for the others, to name all of them at once
+    while (waiting := [host for host in hosts if host.port is None]) and signals.number is None:
+        ended = [host for host in waiting if host.process.poll() is not None]
+        if ended:
+            others_deadline = min(others_deadline, time.monotonic() + OTHERS_SECONDS)
+        silent = waiting if time.monotonic() > deadline else []
+        if silent or len(ended) == len(waiting) or time.monotonic() > others_deadline:
             faults = [
                 f"host {host.name}: ssh ended with exit code {host.process.returncode}, what it said is above; "
                 f"`ssh {host.name} true` must work without a question"
