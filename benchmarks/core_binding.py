@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from configs.load import load_pretrain
 from launcher import local
-from launcher.local import LocalRank, Signals, run_local
+from launcher.local import Signals, cores_of_rank, run_local
 
 
-class BoundRank(LocalRank):
-    """A rank whose threads stay on its share of the cores."""
-
-    def __init__(self, *arguments, **settings) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(*arguments, **settings)
-        rank, number = int(settings["env"]["LOCAL_RANK"]), int(settings["env"]["LOCAL_WORLD_SIZE"])
-        cores = sorted(os.sched_getaffinity(0))
-        share = len(cores) // number
-        os.sched_setaffinity(self.pid, cores[rank * share : (rank + 1) * share])
+def free(environment: dict[str, str], cores: list[int]) -> list[int]:
+    """In place of `cores_of_rank`: no rank is bound."""
+    return []
 
 
-def tokens_per_second(rank: type[LocalRank], config: str, overrides: list[str], num_ranks: int) -> float:
-    local.LocalRank = rank  # type: ignore[misc]
+def tokens_per_second(binding: Callable[..., list[int]], config: str, overrides: list[str], num_ranks: int) -> float:
+    local.cores_of_rank = binding
     with tempfile.TemporaryDirectory() as folder:
         words = ["--config", config, *overrides, f"run_dir={folder}", "checkpoint.every_steps=1000000"]
         assert run_local("pretrain.train", words, num_ranks, Path(folder), Signals()).code == 0
@@ -49,8 +43,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     load_pretrain(arguments.config, arguments.overrides)
     for repeat in range(arguments.repeats):
-        for name, rank in (("free", LocalRank), ("bound", BoundRank)):
-            speed = tokens_per_second(rank, arguments.config, arguments.overrides, arguments.ranks)
+        for name, binding in (("free", free), ("bound", cores_of_rank)):
+            speed = tokens_per_second(binding, arguments.config, arguments.overrides, arguments.ranks)
             print(f"repeat {repeat}  {name:5}  {speed:,.0f} tokens/s", flush=True)
 
 

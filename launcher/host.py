@@ -114,11 +114,10 @@ def start_rank(words: list[str], environment: dict[str, str], stdout: int, stder
     command = [sys.executable, *words]
     return LocalRank(
         command,
-        env=environment,
+        environment,
         stdin=subprocess.DEVNULL,  # the launcher's words are not theirs
         stdout=stdout,
         stderr=stderr,
-        process_group=0,
         preexec_fn=die_with_parent,
     )
 

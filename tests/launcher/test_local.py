@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs.incidents import read_incidents
-from launcher.local import first_failure, rank_environment, stopped_code
+from launcher.local import LocalRank, cores_of_rank, first_failure, rank_environment, stopped_code
 from tests.conftest import ROOT
 
 START = (
@@ -47,6 +47,30 @@ def test_cores_are_shared_among_the_ranks_and_a_set_value_stays(monkeypatch):
     assert int(rank_environment(2)["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert rank_environment(2)["OMP_NUM_THREADS"] == "7"
+
+
+def test_cpu_rank_with_as_many_threads_as_its_share_of_the_cores_stays_on_them():
+    def bound(rank: int, num_ranks: int, cores: list[int], **environment: str) -> list[int]:
+        own = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks), "DS_ACCELERATOR": "cpu"} | environment
+        return cores_of_rank(own, cores)
+
+    assert [bound(rank, 2, [0, 1], OMP_NUM_THREADS="1") for rank in (0, 1)] == [[0], [1]]
+    assert [bound(rank, 3, list(range(4, 11)), OMP_NUM_THREADS="2") for rank in (0, 1, 2)] == [[4, 5], [6, 7], [8, 9]]
+    assert bound(0, 2, [0, 1, 2, 3], OMP_NUM_THREADS="4") == []  # the user's number: they share all cores
+    assert bound(0, 4, [0, 1], OMP_NUM_THREADS="1") == []  # fewer cores than ranks
+    assert bound(0, 1, [0, 1], OMP_NUM_THREADS="2") == []
+    assert bound(0, 2, [0, 1]) == [] and bound(0, 2, [0, 1], OMP_NUM_THREADS="1", DS_ACCELERATOR="cuda") == []
+
+
+def test_rank_is_bound_before_it_starts_a_thread(tmp_path):
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("one core")
+    own = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(len(cores) // 2)}
+    program = "import time, os; time.sleep(0.3); print(sorted(os.sched_getaffinity(0)))"
+    rank = LocalRank([sys.executable, "-c", program], os.environ | own, stdout=subprocess.PIPE)
+    shown, _ = rank.communicate()
+    assert shown.decode().strip() == str(cores[len(cores) // 2 : len(cores) // 2 * 2])
 
 
 def test_first_failing_ranks_output_is_shown_and_the_others_are_ended(tmp_path):
