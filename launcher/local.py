@@ -222,8 +222,8 @@ def rank_environment(num_ranks: int, node: Node | None = None) -> dict[str, str]
 def cores_of_rank(environment: dict[str, str], cores: list[int]) -> list[int]:
     """Those of `cores` that a rank with this environment is bound to; none where it is free to move. Pure.
 
-    A CPU rank that has as many threads as its share of the cores is bound: 1.3 to 1.9 times the speed of two ranks that
-    the system moves between two cores (benchmarks/core_binding.py).
+    A CPU rank that has as many threads as its share of the cores is bound, so that the system does not move it between
+    them; what that is worth is in docs/benchmarks.md (benchmarks/core_binding.py).
     """
     rank, num_ranks = int(environment["LOCAL_RANK"]), int(environment["LOCAL_WORLD_SIZE"])
     share = len(cores) // num_ranks
