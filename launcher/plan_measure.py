@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from configs.errors import ConfigError
 from launcher.local import Signals, default_num_ranks, run_local
 from launcher.plan_job import Job
 from launcher.plan_probe import Depth, Probe
+from launcher.plan_time import hardware_flops_per_token
 
 SECONDS = 5.0  # of steps, at each depth
 STEP_SECONDS = 1.5  # that a step of the deeper model may take, about
@@ -34,9 +36,9 @@ def measure(config: str, overrides: list[str], job: Job, on_cpu: bool) -> Probe:
             own = (f"layers={layers}", f"accumulations={accumulations}", *words)
             return _run(config, overrides, job, num_ranks, Path(folder), *own)
 
-        low, high = depths(job.shape.num_layers)
+        low, most = depths(job.shape.num_layers)
         shallow = run(low, "tiny=1")
-        high = max(low + 1, min(high, int(low * STEP_SECONDS / shallow["seconds_1"])))
+        high = deepest(job, low, most, STEP_SECONDS / shallow["seconds_1"])
         deep = run(high)
     return Probe(num_ranks, on_cpu, shallow["context_bytes"], _depth(low, shallow), _depth(high, deep))
 
@@ -45,6 +47,19 @@ def depths(num_layers: int) -> tuple[int, int]:
     """Layers of the two models that are measured: a sixth, at least one, and two thirds of the whole model's."""
     low = max(1, num_layers // 6)
     return low, max(low + 1, -(-2 * num_layers // 3))
+
+
+def deepest(job: Job, low: int, most: int, times: float) -> int:
+    """The most layers, from `low` + 1 to `most`, whose step has no more than so many times the work of `low` layers'.
+
+    The output layer's work is in both: of a small model with a large vocabulary it is the greater part of a step, and
+    two depths that are close to each other would say little of a layer.
+    """
+
+    def work(num_layers: int) -> float:
+        return hardware_flops_per_token(replace(job, shape=replace(job.shape, num_layers=num_layers)))
+
+    return max((high for high in range(low + 1, most + 1) if work(high) <= times * work(low)), default=low + 1)
 
 
 def _run(config: str, overrides: list[str], job: Job, num_ranks: int, folder: Path, *words: str) -> dict[str, Any]:

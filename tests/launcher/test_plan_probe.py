@@ -10,7 +10,7 @@ from configs.hardware import GPUS, NETWORKS
 from configs.schema import PretrainConfig
 from launcher.plan import make_plan
 from launcher.plan_job import Job, make_cluster, make_job
-from launcher.plan_measure import depths
+from launcher.plan_measure import deepest, depths
 from launcher.plan_memory import memory
 from launcher.plan_probe import Depth, Probe, probe_job, probed_fragmentation
 
@@ -70,3 +70,11 @@ def test_the_probed_plan_begins_with_the_probed_process():
 @pytest.mark.parametrize(("layers", "expected"), [(1, (1, 2)), (2, (1, 2)), (6, (1, 4)), (12, (2, 8)), (96, (16, 64))])
 def test_a_probe_has_at_most_two_thirds_of_the_layers_where_there_are_enough(layers, expected):
     assert depths(layers) == expected
+
+
+def test_the_deeper_probe_has_as_many_layers_as_the_time_allows_and_the_output_layer_is_counted_once():
+    small = job_of()
+    of_layers = replace(small, shape=replace(small.shape, vocab_size=1))
+    of_output = replace(small, shape=replace(small.shape, vocab_size=1_000_000))
+    assert [deepest(of_layers, 1, 8, times) for times in (0.5, 2.9, 4.1, 100.0)] == [2, 2, 4, 8]
+    assert deepest(of_output, 1, 8, 1.2) == 8
