@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -170,6 +171,21 @@ def test_killed_rank_and_killed_connection_start_the_run_again_and_no_secret_is_
     assert losses(run_dir) == [line["loss"] for line in on_one_machine if "loss" in line]
     assert metrics(run_dir)[-1] == on_one_machine[-1]
     assert files_with_secret(run_dir) == [] and cluster.hosts.running("h2", "launcher/host.py") == []
+
+
+def test_rank_that_hangs_on_another_host_is_named_and_nothing_is_left(cluster):
+    run_dir = cluster.folder / "hanging"
+    process = cluster.start(run_dir, *cluster.hostfile(), "launch.stall_seconds=10")
+    wait_until(has_reached(run_dir, 15, rank=1), process)
+    (rank,) = cluster.hosts.running("h2", "pretrain.train")
+    os.kill(rank, signal.SIGSTOP)
+    began = time.monotonic()
+    err = finish(process, 124, seconds=80)
+    assert time.monotonic() - began < 60
+    assert "rank 1 is behind" in err and re.search(r"^  1 +h2 .*<- behind$", err, re.MULTILINE), err
+    (incident,) = read_incidents(run_dir)
+    assert (incident["kind"], incident["rank"]) == ("stall", 1)
+    assert cluster.hosts.running("h1", "pretrain.train") == cluster.hosts.running("h2", "pretrain.train") == []
 
 
 def test_disk_that_is_full_at_a_checkpoint_ends_the_run_which_goes_on_when_there_is_room(cluster, on_one_machine):

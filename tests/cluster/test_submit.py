@@ -187,6 +187,20 @@ def test_where_no_job_is_requeued_the_next_one_is_submitted_and_launch_json_name
     assert [incident["kind"] for incident in read_incidents(run_dir)] == ["requeue"]
 
 
+def test_stop_saves_after_the_step_and_ends_the_job_for_good(cluster):
+    run_dir = cluster.folder / "stopped"
+    job = cluster.submit("stopped", "--nodes", "2", "train.num_steps=1000000", "checkpoint.every_steps=1000000")
+    wait_until(has_reached(run_dir, 12), None)
+    stop = [sys.executable, "-m", "launcher.cli", "stop", str(run_dir)]
+    done = subprocess.run(stop, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    saved = newest_checkpoint(run_dir)
+    assert f"asked job {job} to finish its step, save and end" in done.stdout and f"{saved:,}" in done.stdout
+    ended = cluster.wait_for_end(job, seconds=20)
+    assert saved == len(losses(run_dir)) >= 12 and ended["Restarts"] == "0" and read_incidents(run_dir) == []
+    assert not json.loads((run_dir / "slurm/state.json").read_text())["is_queued"]
+
+
 def test_run_goes_on_on_the_node_that_is_left(cluster, undisturbed):
     run_dir = cluster.folder / "lost"
     job = cluster.submit("lost", "--nodes", "1-2", *STEPS)
