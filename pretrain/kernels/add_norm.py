@@ -5,12 +5,12 @@
 
 All of it is limited by memory. One operation each reads x and residual, writes their sum, reads it, writes y: seven
 passes over the rows with a dropout mask. Here forward reads x and residual once and writes s and y once, and backward
-reads dy, ds and s and writes one gradient, two with dropout: the mask is made again from a seed (Philox) and never stored.
-Mean and 1 / standard deviation are kept in fp32. The weights' gradients are summed up in two stages, without atomics:
-the same bits every time on the same kind of GPU.
+reads dy, ds and s and writes one gradient, two with dropout: the mask is made again from a seed (Philox) and never
+stored. Mean and 1 / standard deviation are kept in fp32. The weights' gradients are summed up in two stages, without
+atomics: the same bits every time on the same kind of GPU.
 
 CUDA C++ (csrc/add_norm.cu, norm_rows.cuh), not Triton: rows of any width with 16-byte accesses and a warp of their own,
-the reduction over rows kept in registers, and no compiler at run time. It was never run on a GPU so far (docs/kernels.md).
+the sum over rows kept in registers, and no compiler at run time. It was never run on a GPU so far (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def add_rms_norm(
     return _added(x, residual, weight, None, eps, dropout, True)
 
 
-def _suits(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None
-) -> bool:
+def _suits(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     return native.runs_on(x, residual, weight, bias) and weight.shape[0] <= WIDEST
 
 
@@ -94,8 +92,8 @@ def _add_norm(
     stored, means = None if residual is None else added, None if rms else mean
     threshold = native.dropout_threshold(dropout)
     native.launch(
-        "add_norm_forward", x, x, residual, weight, bias, y, stored, means, rstd, rstd.numel(), columns, float(eps), seed,
-        threshold,
+        "add_norm_forward", x, x, residual, weight, bias, y, stored, means, rstd, rstd.numel(), columns, float(eps),
+        seed, threshold,
     )  # fmt: skip
     return y, added, mean, rstd
 
@@ -139,8 +137,8 @@ def _add_norm_backward(
     partial = weight.new_empty((1 if bias is None else 2, blocks, columns), dtype=torch.float32)
     native.launch(
         "add_norm_backward", added, grad_y, grad_added, added, weight, None if rms else mean, rstd, grad_residual,
-        None if seed is None else grad_x, grad_weight, None if bias is None else grad_bias, partial, blocks, rows, columns,
-        seed, native.dropout_threshold(dropout),
+        None if seed is None else grad_x, grad_weight, None if bias is None else grad_bias, partial, blocks, rows,
+        columns, seed, native.dropout_threshold(dropout),
     )  # fmt: skip
     return gradients
 

@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pretrain.kernels import native
+from pretrain.kernels.softmax_gradient import softmax_gradient_
+
 IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 1 << 23  # logits in memory at once; on a 2-core CPU smaller and larger chunks were slower
 # On a CPU the softmax goes through a chunk in blocks whose fp32 copy (1 MiB) stays in the cache: 2.7 times faster.
@@ -121,6 +124,8 @@ def _softmax_gradient_(
     target (rows, 1) int64. The sums are (3,) fp32: of the cross entropies; of the means of -log p over the vocabulary,
     if label_smoothing; of log^2 Z, if z_loss. The gradient is computed in fp32 and rounded once.
     """
+    if native.runs_on(logits):
+        return softmax_gradient_(logits, target[:, 0], label_smoothing, z_loss)
     sums = torch.zeros(3, dtype=torch.float32, device=logits.device)
     num_rows = max(1, CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for start in range(0, len(logits), num_rows):

@@ -2,8 +2,8 @@
 
 The kernels have a plain C interface that takes addresses and a stream, and no header of torch, so that one library
 serves every version of torch and is built in seconds rather than minutes. `setup.py` builds it where nvcc is found
-(into `lib/` beside this file); otherwise the first process that needs it does, into ~/.cache/millstream/kernels, for the
-GPU at hand, and all others wait for it. The library's name holds a hash of the sources, so it is never an old one.
+(into `lib/` beside this file); otherwise the first process that needs it does, into ~/.cache/millstream/kernels, for
+the GPU at hand, and all others wait for it. The library's name holds a hash of the sources: it is never an old one.
 
 Without a GPU, or without nvcc and a library, every operation takes its plain PyTorch path, and one line says why.
 MILLSTREAM_KERNELS=off asks for that.
@@ -38,7 +38,7 @@ class KernelError(RuntimeError):
 
 
 def runs_on(*tensors: torch.Tensor | None) -> bool:
-    """Whether these tensors go to the kernels: all on one GPU, of one floating-point dtype, and the library is there."""
+    """Whether these tensors go to the kernels: all on one GPU, of one dtype of DTYPES, and the library is there."""
     given = [tensor for tensor in tensors if tensor is not None]
     alike = all(t.device == given[0].device and t.dtype == given[0].dtype for t in given)
     return alike and given[0].device.type == device_type() and given[0].dtype in DTYPES
@@ -54,12 +54,14 @@ def device_type() -> str:
 def library() -> ctypes.CDLL | None:
     """The kernels, built now if they have to be; None, with one line that says why, where there are none."""
     if os.environ.get("MILLSTREAM_KERNELS") == "off":
-        return _without("MILLSTREAM_KERNELS=off")
+        _say_without("MILLSTREAM_KERNELS=off")
+        return None
     if not torch.cuda.is_available():
         return None  # on a CPU the plain path is the one that is meant
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
-        return _without(f"{torch.cuda.get_device_name()} is of before sm_80")
+        _say_without(f"{torch.cuda.get_device_name()} is of before sm_80")
+        return None
     architecture = f"{major}{minor}" + "a" * (major >= 9)
     name = library_name(architecture)
     ahead = AHEAD / library_name(None)
@@ -68,15 +70,17 @@ def library() -> ctypes.CDLL | None:
     path = CACHE.expanduser() / name
     if not path.exists():
         if not nvcc():
-            return _without("nvcc is not on the PATH; install the CUDA toolkit of torch's version")
+            _say_without("nvcc is not on the PATH; install the CUDA toolkit of torch's version")
+            return None
         try:
             build(path, [architecture])
         except (KernelError, OSError) as error:
-            return _without(str(error))
+            _say_without(str(error))
+            return None
     return ctypes.CDLL(str(path))
 
 
-def _without(reason: str) -> None:
+def _say_without(reason: str) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"fused CUDA kernels are not used, plain PyTorch is: {reason}", file=sys.stderr, flush=True)
 

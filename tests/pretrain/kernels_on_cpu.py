@@ -1,58 +1,30 @@
 """The CUDA kernels on this CPU: compiled by g++ against `cuda_on_cpu/`, and put where the operations look for them.
 
-    from tests.pretrain.kernels_on_cpu import kernels  # noqa: F401 (a fixture)
-
-With `kernels` the operations take CPU tensors to the kernels, through all of their Python.
+With the fixture `kernels` (conftest.py) the operations take CPU tensors to the kernels, through all of their Python.
 """
 
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-
-from pretrain.kernels import native
 
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PRECISION = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if not shutil.which("g++"):
-        pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("kernels")
-    header = f"-I{Path(__file__).with_name('cuda_on_cpu')}"
-    return compiled(folder, [str(path) for path in sorted(native.SOURCES.glob("*.cu"))], header)
-
-
-def compiled(folder: Path, sources: list[str], header: str) -> ctypes.CDLL:
+def compiled(folder: Path, sources: list[str], headers: list[str]) -> ctypes.CDLL:
     """Sources in CUDA C++ as a library for this CPU."""
     objects = [str(folder / f"{Path(source).stem}.o") for source in sources]
     for source, output in zip(sources, objects, strict=True):
-        subprocess.run(["g++", *FLAGS, header, "-x", "c++", "-c", source, "-o", output], check=True)
+        subprocess.run(["g++", *FLAGS, *headers, "-x", "c++", "-c", source, "-o", output], check=True)
     library = folder / "kernels.so"
     subprocess.run(["g++", "-shared", *FLAGS, *objects, "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
-
-
-@pytest.fixture
-def kernels(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    """Operations on CPU tensors go to the kernels; new memory is full of NaN, so nothing unwritten passes."""
-    monkeypatch.setattr(native, "library", lambda: emulated)
-    monkeypatch.setattr(native, "device_type", lambda: "cpu")
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield emulated
-    torch.use_deterministic_algorithms(False)
-    emulated.emulation_order(0)
 
 
 def dropout_factors(seed: int, shape: tuple[int, ...], p: float) -> torch.Tensor:
@@ -68,7 +40,7 @@ def dropout_factors(seed: int, shape: tuple[int, ...], p: float) -> torch.Tensor
         k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
     words = np.stack(c, 1).astype("<u4")  # (blocks, 4)
     kept = words.view("<u2").reshape(-1)[:num].astype(np.int64) >= round(p * 65536)
-    return torch.from_numpy(kept.reshape(shape)).double() / (1 - round(p * 65536) / 65536)
+    return torch.from_numpy(kept.reshape(shape)).double() / max(1 - round(p * 65536) / 65536, 2**-16)
 
 
 def close(found: torch.Tensor, exact: torch.Tensor, units: float = 4.0) -> None:
