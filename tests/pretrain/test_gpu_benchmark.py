@@ -1,0 +1,49 @@
+"""All code of `benchmarks/gpu.py` runs here, so that the first minutes on a GPU are not lost to a typing error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu as benchmark
+from tests.conftest import ROOT
+
+
+def test_correctness_of_all_kernels_passes_and_names_shape_dtype_and_error(kernels):
+    rows = benchmark.correctness({"norm": [(5, 1), (3, 72)], "mlp": [(5, 7)], "loss": [(7, 103)]})
+    assert len(rows) == 3 * (2 * 4 + 3 + 1)
+    assert all(row["passed"] for row in rows), [row for row in rows if not row["passed"]]
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16", "float16"}
+
+
+def test_a_kernel_that_leaves_something_unwritten_does_not_pass(kernels, monkeypatch):
+    monkeypatch.setattr(benchmark.native, "launch", lambda *_: None)
+    rows = benchmark.correctness({"norm": [(3, 8)], "mlp": [], "loss": []})
+    assert not any(row["passed"] for row in rows)
+
+
+def test_a_contestant_that_fails_is_an_entry_of_the_table(kernels):
+    case = next(benchmark.cases(torch.device("cpu"), torch.bfloat16, benchmark.TINY_SHAPES))
+    case.contestants["peer"] = lambda *_: 1 / 0
+    row = benchmark.timed(case, "peer", 1.0)
+    assert row["failed"] == "ZeroDivisionError: division by zero"
+    assert "forward_ms" in benchmark.timed(case, "ours", 1.0)
+
+
+@pytest.mark.slow
+def test_all_parts_run_and_leave_json_and_a_table(tmp_path):
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--output", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["kernels"] for row in found["training"]] == ["on", "off"]
+    assert all(row["tokens_per_second"] > 0 for row in found["training"])
+    assert found["training"][0]["profile"] and "profile" not in found["training"][1]
+    assert not any("failed" in row for row in found["kernels"])
+    assert "## kernels" in (tmp_path / "gpu.md").read_text()
