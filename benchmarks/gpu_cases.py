@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.kernels import activation, add_norm, native
+from pretrain.kernels.embeddings import bert_embeddings
 from pretrain.kernels.linear_cross_entropy import linear_token_losses
 from pretrain.kernels.softmax_gradient import softmax_gradient_
 
@@ -34,13 +35,15 @@ class Case:
 
 
 def cases(device: torch.device, dtype: torch.dtype, shapes: dict[str, list[tuple[int, int]]]) -> Iterator[Case]:
-    """All operations; shapes: "norm" (rows, hidden_size), "mlp" (rows, mlp_size), "loss" (rows, vocab)."""
+    """All operations; shapes: "norm", "embeddings" (rows, hidden), "mlp" (rows, mlp_size), "loss" (rows, vocab)."""
     torch.manual_seed(0)
     for rows, columns in shapes["norm"]:
         yield add_layer_norm(rows, columns, device, dtype, 0.0)
         yield add_layer_norm(rows, columns, device, dtype, 0.1)
         yield add_rms_norm(rows, columns, device, dtype)
         yield layer_norm(rows, columns, device, dtype)
+    for rows, columns in shapes["embeddings"]:
+        yield embeddings(rows, columns, device, dtype)
     for rows, columns in shapes["mlp"]:
         for kind in activation.KINDS[:2]:
             yield bias_gelu(rows, columns, device, dtype, kind)
@@ -117,6 +120,34 @@ def layer_norm(rows: int, columns: int, device: torch.device, dtype: torch.dtype
     return Case(
         "LayerNorm", f"{rows} x {columns}", [x, weight, bias], contestants, eager, 2 * size, 3 * size,
         drawn(device, dtype, (rows, columns)),
+    )  # fmt: skip
+
+
+def embeddings(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """BERT's, of samples of 128 tokens and its vocabulary; a fifth of the tokens are frequent ones."""
+    seq, vocab = min(rows, 128), 30_522
+    ids = torch.randint(vocab, (rows // seq, seq), device=device)
+    ids = torch.where(torch.rand(ids.shape, device=device) < 0.2, ids % 10, ids)
+    positions, types = (
+        torch.arange(seq, device=device),
+        (torch.arange(seq, device=device) > seq // 2).long().expand_as(ids),
+    )
+
+    def eager(word, position, token_type, weight, bias):
+        summed = F.embedding(ids, word, 0) + F.embedding(positions, position) + F.embedding(types, token_type)
+        return F.layer_norm(summed, weight.shape, weight, bias, EPS)
+
+    contestants: dict[str, Operation] = {
+        "ours": lambda *t: bert_embeddings(ids, positions, types, *t, EPS, 0),
+        "eager": eager,
+        "compile": compiled(eager),
+    }
+    inputs = drawn(device, dtype, (vocab, columns), (seq, columns), (2, columns), (columns,), (columns,))
+    size, table = ids.numel() * columns * dtype.itemsize, vocab * columns * dtype.itemsize
+    # Small tables stay in the cache. backward: dy and the word's row in, the rows' gradient out and in, the table out.
+    return Case(
+        "BERT embeddings", f"{ids.numel()} x {columns}", inputs, contestants, eager, 2 * size, 4 * size + table,
+        drawn(device, dtype, (*ids.shape, columns)),
     )  # fmt: skip
 
 

@@ -6,8 +6,10 @@ import ctypes
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.kernels import add_norm, native
+from pretrain.kernels.activation import linear_activation
 from tests.pretrain.kernels_on_cpu import DTYPES, close, dropout_factors
 
 SHAPES = [(1, 1), (3, 7), (19, 768), (2, 1023), (9, 1024), (2, 4097), (1, 8192), (2, 3, 40)]
@@ -157,3 +159,41 @@ def test_a_kernel_that_cannot_start_is_an_error_with_the_shape(kernels):
     assert isinstance(kernels, ctypes.CDLL)
     with pytest.raises(native.KernelError, match=r"add_norm_forward: CUDA error 9 for \(1, 9000\)"):
         torch.ops.millstream.add_norm(torch.zeros(1, 9000), None, torch.ones(9000), None, None, 1e-5, 0.0, False)
+
+
+def test_a_compiled_block_has_the_kernels_in_one_graph(kernels):
+    def block(x, residual, weight, bias):
+        y, added = add_norm.add_layer_norm(x, residual, weight, bias, 1e-5, 0.1)
+        return linear_activation(y, weight.diag(), None, "gelu") + added
+
+    given = [t.requires_grad_() for t in inputs((6, 24), torch.float32)[:4]]
+    found = []
+    for run in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        out = run(*given)
+        found.append([out, *torch.autograd.grad(out.sum(), given)])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(plain, compiled)
+
+
+def test_activation_checkpointing_drops_the_same_elements_again(kernels):
+    def block(x, residual, weight, bias):
+        return add_norm.add_layer_norm(x, residual, weight, bias, 1e-5, 0.5)[0]
+
+    given = [t.requires_grad_() for t in inputs((6, 24), torch.float32)[:4]]
+    found = []
+    for run in (block, lambda *t: checkpoint(block, *t, use_reentrant=False)):
+        torch.manual_seed(3)
+        found.append(torch.autograd.grad(run(*given).square().sum(), given))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_compiled_on_a_cpu_the_operators_of_torch_are_in_one_graph():
+    x, residual, weight, bias, *_ = inputs((4, 24), torch.float32)
+    compiled = torch.compile(add_norm.add_layer_norm, fullgraph=True, backend="aot_eager")
+    for found, plain in zip(
+        compiled(x, residual, weight, bias, 1e-5),
+        add_norm.add_layer_norm(x, residual, weight, bias, 1e-5),
+        strict=True,
+    ):
+        assert torch.equal(found, plain)
