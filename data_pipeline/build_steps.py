@@ -237,7 +237,7 @@ def finish(plan: Plan, tokenizer: Tokenizer, root: Path) -> None:
     vocab_size, fingerprint = tokenizer.get_vocab_size(), tokenizers.fingerprint(tokenizer)
     for name in SPLITS:
         directory = plan.dataset / name
-        shutil.copytree(plan.tokenizer_dir, directory, dirs_exist_ok=True)
+        tokenizers.copy_tokenizer(plan.tokenizer_dir, directory)
         count = len(list(directory.glob("shard-*.tokens")))
         entries = [json.loads(passes.shard_entry(plan, name, number).read_text()) for number in range(count)]
         write_json(directory / "stages.json", content)

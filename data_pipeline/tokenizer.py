@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -134,6 +135,19 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_len: int) -> None:
     else:
         settings["eos_token"] = tokenizer.id_to_token(end_of_text_id(tokenizer))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def copy_tokenizer(folder: Path, to: Path) -> None:
+    """Copy a tokenizer's files out of a dataset's or another directory; `to` may exist.
+
+    The copies get the modes of new files, by the user's umask, not those of the dataset. What else a dataset's
+    directory holds stays there: manifest, shards, reports, and what a cache keeps.
+    """
+    others = (".tokens", ".html", "manifest.json", "stages.json")
+    to.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(others):
+            shutil.copyfile(file, to / file.name)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -25,6 +25,7 @@ from configs.load import ConfigError, load_pretrain
 from configs.model_sizes import BertShape
 from configs.schema import PretrainConfig
 from data_pipeline.samples import tokens_before
+from data_pipeline.tokenizer import copy_tokenizer
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoint, CheckpointError
 from pretrain.metrics import read_metrics
@@ -102,7 +103,7 @@ def export(config: PretrainConfig, found: Checkpoint, run_dir: Path, output: Pat
     """
     aside = output.with_name(f".writing-{output.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(run_dir / "tokenizer", aside)
+    copy_tokenizer(run_dir / "tokenizer", aside)
     tokenizer = AutoTokenizer.from_pretrained(aside)
     weight = checkpoint.weights(found, KEYS[which])
     model = load_model(config, weight, len(tokenizer))
@@ -143,7 +144,7 @@ def write_encoder(found: Checkpoint, weight: Weight, directory: Path, tokenizer_
     has nothing to report but its own new head.
     """
     encoder = directory / "encoder"
-    shutil.copytree(tokenizer_dir, encoder)
+    copy_tokenizer(tokenizer_dir, encoder)
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     (encoder / "config.json").write_text(json.dumps(settings | {"architectures": ["BertModel"]}, indent=2))
     write_weights(found, weight, "bert", encoder, heads=False)

@@ -8,7 +8,6 @@ bit, the numbers it would have written anyway.
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from dataclasses import replace
@@ -25,6 +24,7 @@ from configs.load import ConfigError, dump, load_pretrain
 from configs.schema import PretrainConfig
 from data_pipeline.shards import DataError
 from data_pipeline.stream import Stream, open_stream
+from data_pipeline.tokenizer import copy_tokenizer
 from pretrain import budget, checkpoint, engine, guard, local_copies, runtime, sanity, spikes, upload
 from pretrain.checkpoint import CheckpointError
 from pretrain.load import facts, load
@@ -152,18 +152,12 @@ def prepare_run_dir(config: PretrainConfig, data: Stream, ranks: Runtime) -> Pat
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
-            shutil.copytree(data.tokenizer_dir, run_dir / "tokenizer", dirs_exist_ok=True, ignore=only_tokenizer_files)
+            copy_tokenizer(data.tokenizer_dir, run_dir / "tokenizer")
         except OSError as error:
             problem = f"run_dir={config.run_dir}: cannot be written ({error}); choose a directory you can write to"
     if reasons := [reason for reason in ranks.gather(problem) if reason]:
         raise ConfigError(str(reasons[0]))
     return run_dir
-
-
-def only_tokenizer_files(folder: str, names: list[str]) -> list[str]:
-    """What of a dataset directory is not copied: its manifest, shards, reports, and what a cache keeps there."""
-    others = (".tokens", ".html", "manifest.json", "stages.json")
-    return [name for name in names if name.startswith(".") or name.endswith(others)]
 
 
 def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, ranks: Runtime) -> TrainState:

@@ -76,9 +76,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("submit")
-    usual = os.umask(0o027)
     write_random_tokens(folder / "data")
-    os.umask(usual)
     small_run(folder, {"dir": str(folder / "data")}, {"precision": "fp32"}, {"stage": 3})
     (folder / "cluster.yaml").write_text(CLUSTER)
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from configs.schema import TokenizerConfig
 from data_pipeline.shards import DataError
 from data_pipeline.tokenizer import (
     continues_word,
+    copy_tokenizer,
     encoder,
     end_of_text_id,
     ends_sentence,
@@ -202,3 +205,18 @@ def test_sentinels_that_a_published_tokenizer_has_are_used_in_its_own_spelling(t
     again = make_tokenizer(TokenizerConfig(type="pretrained", path=str(tmp_path), fim_tokens=True), [], tmp_path)
     assert again.get_vocab_size() == tokenizer.get_vocab_size()
     assert fim_ids(again) == tuple(again.token_to_id(token) for token in spelling)
+
+
+def test_copied_tokenizer_has_the_modes_of_new_files_and_nothing_else_of_a_dataset(tmp_path):
+    dataset = tmp_path / "dataset"
+    dataset.mkdir(mode=0o755)
+    for name in ("tokenizer.json", "vocab.txt", "manifest.json", "shard-00000.tokens", "card.html", ".cache"):
+        (dataset / name).write_text(name)
+        (dataset / name).chmod(0o644)
+    usual = os.umask(0o077)
+    try:
+        copy_tokenizer(dataset, tmp_path / "run/tokenizer")
+    finally:
+        os.umask(usual)
+    copies = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").rglob("*")}
+    assert copies == {"tokenizer": 0o700, "tokenizer.json": 0o600, "vocab.txt": 0o600}
