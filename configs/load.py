@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.errors import ConfigError
+from configs.model_sizes import check_objective
 from configs.schema import PretrainConfig
 from configs.tuning import FinetuneConfig
 
@@ -38,6 +39,7 @@ def load_pretrain(path: str | Path, overrides: list[str] | None = None) -> Pretr
     config = load(path, overrides).config
     if not isinstance(config, PretrainConfig):
         raise ConfigError(f"{path}: has the key `task`, so it describes fine-tuning; use `millstream finetune {path}`")
+    check_objective(config)
     return config
 
 

@@ -182,8 +182,13 @@ class ModelConfig(Section):
     num_layers: PositiveInt | None = None
     hidden_size: PositiveInt | None = None
     num_heads: PositiveInt | None = None
-    intermediate_size: PositiveInt | None = None  # none: 4 x hidden_size
+    num_kv_heads: PositiveInt | None = None  # llama, qwen3: heads of keys and values (GQA); none: the preset's, or all
+    intermediate_size: PositiveInt | None = None  # none: 4 x hidden_size, with a gated MLP 8/3 of it
     max_seq_len: PositiveInt | None = None  # rows of the position table; none: the preset's, at least train.seq_len
+    style: str | None = None  # gpt2, gpt-neo, llama, qwen3; bert, modernbert: how blocks are made; none: the preset's
+    local_window: Annotated[int, Field(ge=2)] | None = None  # gpt-neo, modernbert: tokens that a local block looks at
+    rope_theta: Annotated[float, Field(gt=0)] | None = None  # base of rotary positions, where the style has them
+    tied_output: bool | None = None  # llama, qwen3: the output layer is the word embedding; none: the preset's
     dropout: Rate = 0.0  # on embeddings and residuals
     attention_dropout: Rate = 0.0
     mup: MupConfig | None = None  # gpt with adamw: models of any width have the same best settings

@@ -11,7 +11,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from configs.load import ConfigError
 from configs.tuning import FinetuneConfig
 
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+DROPOUTS = (  # of BERT, GPT-2, GPT-Neo and ModernBERT
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout",
+    "embed_dropout", "attention_dropout", "embedding_dropout", "mlp_dropout",
+)  # fmt: skip
 
 
 def check_directory(model: str) -> None:

@@ -41,7 +41,7 @@ class Job:
 
     @property
     def intermediate_size(self) -> int:
-        return self.shape.intermediate_size or 4 * self.shape.hidden_size
+        return self.shape.mlp_size
 
     @property
     def accumulation(self) -> int:
@@ -119,17 +119,37 @@ def make_cluster(num_gpus: int, num_nodes: int | None, gpu: Gpu, network: Networ
 
 
 def count_block_parameters(job: Job) -> int:
-    """Of one layer: query, key and value, the output, two layers of the MLP, two normalisations, all with biases."""
-    h, i = job.shape.hidden_size, job.intermediate_size
-    return (3 * h * h + 3 * h) + (h * h + h) + (2 * h * i + i + h) + 4 * h
+    """Of one layer: query, key and value, the output, the MLP's two or three matrices, normalisations; and biases."""
+    shape, style = job.shape, job.shape.style
+    h, i, bias = shape.hidden_size, job.intermediate_size, int(style.has_bias)
+    qkv = h + 2 * shape.kv_heads * shape.head_dim  # outputs
+    into_mlp = (2 if style.is_gated else 1) * i
+    attention = (h + style.has_qkv_bias) * qkv + (h + bias) * h + (2 * shape.head_dim if style.norms_qk else 0)
+    return attention + (h + bias) * into_mlp + (i + bias) * h + 2 * _norm_parameters(job)
 
 
 def count_parameters(job: Job) -> int:
-    """Of the whole model; the output layer is the word embedding and counts once."""
-    s, h = job.shape, job.shape.hidden_size
-    embeddings = (s.vocab_size + s.max_seq_len) * h
-    blocks = s.num_layers * count_block_parameters(job)
+    """Of the whole model; an output layer that is the word embedding counts once."""
+    s, style, h = job.shape, job.shape.style, job.shape.hidden_size
+    norm, blocks = _norm_parameters(job), job.shape.num_layers * count_block_parameters(job)
+    embeddings = (s.vocab_size + (s.max_seq_len if style.rope_theta is None else 0)) * h
     if not job.is_bert:
-        return embeddings + blocks + 2 * h
-    heads = (h * h + h) + (h * h + h + 2 * h) + s.vocab_size + (2 * h + 2)  # pooler, MLM transform, bias, NSP
-    return embeddings + 2 * h + 2 * h + blocks + heads
+        return embeddings + blocks + norm + (0 if style.has_tied_output else s.vocab_size * h)
+    masked_words = (h + style.has_bias) * h + norm + s.vocab_size  # transform, and the output's bias
+    pairs = 2 * h + (h * h + h) + (2 * h + 2) if style.has_pairs else 0  # token types, pooler, next sentence
+    # norm_first: one more after the last block, and one less in the first, which follows the embeddings' own
+    return embeddings + norm + blocks + masked_words + pairs
+
+
+def _norm_parameters(job: Job) -> int:
+    style = job.shape.style
+    return job.shape.hidden_size * (2 if style.norm == "layer" and style.has_bias else 1)
+
+
+def attended_tokens(job: Job, layer: int) -> int:
+    """Keys that a query of this layer looks at, at most: all of the sequence, or a local layer's window."""
+    style = job.shape.style
+    window = style.window(layer)
+    if window is None:
+        return job.seq_len
+    return min(job.seq_len, window if style.is_causal else 1 + 2 * (window // 2))

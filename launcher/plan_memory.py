@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.plan_job import Job, count_block_parameters, count_parameters
+from launcher.plan_job import Job, attended_tokens, count_block_parameters, count_parameters
 
 CHUNK_ELEMENTS = 1 << 23  # of logits in memory at once, as in pretrain/kernels/linear_cross_entropy.py
 BLOCK_QUERIES = 256  # of blockwise attention on CPUs, as in pretrain/kernels/attention.py
@@ -144,24 +144,34 @@ def held(job: Job, on_cpu: bool) -> dict[str, float]:
     }
 
 
-def activation_bytes(job: Job, on_cpu: bool = False) -> float:
-    """Bytes one layer keeps for its backward pass, of one micro batch."""
+def activation_bytes(job: Job, on_cpu: bool = False, layer: int = 0) -> float:
+    """Bytes that a layer keeps for its backward pass, of one micro batch."""
     tokens, e, h = job.micro_batch_size * job.seq_len, job.element_bytes, job.shape.hidden_size
-    # Inputs of: norm, qkv, attention (3), output layer, norm, up, gelu (i), down (i).
-    kept = tokens * (8 * h + 2 * job.intermediate_size) * e
+    style, kv_size = job.shape.style, job.shape.kv_heads * job.shape.head_dim
+    # Inputs of: norm, qkv, attention (3), output layer, norm, up, gelu (i), down (i). Gated: gate and up (2 i), the
+    # activation, down. Grouped keys and values: beside what they are repeated to.
+    kept = tokens * (8 * h + (4 if style.is_gated else 2) * job.intermediate_size) * e
+    if kv_size != h:
+        kept += tokens * 2 * kv_size * e
+    if style.norm == "rms" and on_cpu:  # torch has no fused one there: in fp32 its input, and that normalised
+        kept += 2 * tokens * h * (2 * 4 - e)
+    if style.norms_qk:
+        kept += tokens * (h + kv_size) * (8 if on_cpu else e)
     if job.dropout > 0:  # GPUs keep a mask of bytes, CPUs the factors in the type of the activations
         kept += 2 * tokens * h * (e if on_cpu else 1)
-    return kept + _attention_bytes(job, on_cpu)
+    return kept + _attention_bytes(job, on_cpu, layer)
 
 
-def _attention_bytes(job: Job, on_cpu: bool) -> float:
-    """Of one layer beyond queries, keys, values and result."""
+def _attention_bytes(job: Job, on_cpu: bool, layer: int = 0) -> float:
+    """Of a layer beyond queries, keys, values and result."""
     s, a, b = job.seq_len, job.shape.num_heads, job.micro_batch_size
-    if not _is_blockwise(job, on_cpu):  # fused: a sum for each row and head, and the mask of documents as numbers
-        return b * s * a * 4 + b * s * s * job.element_bytes
+    is_local = attended_tokens(job, layer) < s
+    near = min(s, BLOCK_QUERIES + attended_tokens(job, layer) - 1)  # keys that some query of a block looks at
+    if not _is_blockwise(job, on_cpu):  # fused: a sum for each row and head, and the mask as numbers
+        return b * s * a * 4 + b * s * (near if is_local else s) * job.element_bytes
     keys = s if job.is_bert or s <= BLOCK_QUERIES else (s + BLOCK_QUERIES) / 2  # that a block of queries looks at
     copies = 3 if job.attention_dropout > 0 else 1  # softmax; the factors of dropout and its result
-    return b * s * keys * (copies * a * job.element_bytes + 1)  # the mask: a byte each, the same for all heads
+    return b * s * (near if is_local else keys) * (copies * a * job.element_bytes + 1)  # the mask: a byte for all heads
 
 
 def _is_blockwise(job: Job, on_cpu: bool) -> bool:
@@ -176,12 +186,15 @@ def activations(job: Job, on_cpu: bool = False, in_backward: bool = False) -> li
     tokens, e, h = job.micro_batch_size * job.seq_len, job.element_bytes, job.shape.hidden_size
     one = activation_bytes(job, on_cpu)
     edges = 3 * tokens * h * e  # the first layer's input; the last normalisation's, and its result
-    kept = job.shape.num_layers * (tokens * h * e if job.checkpointing else one) + edges
+    layers = range(job.shape.num_layers)
+    kept = edges + (tokens * h * e * len(layers) if job.checkpointing else 0.0)
+    kept += 0.0 if job.checkpointing else sum(activation_bytes(job, on_cpu, layer) for layer in layers)
     if job.checkpointing and in_backward:
         kept += one
     if in_backward:  # gradients of what gelu and the MLP have between them, or of the scores
         scores = 3 * _attention_bytes(job, on_cpu) if _is_blockwise(job, on_cpu) else 0
-        kept += max(tokens * (2 * job.intermediate_size + 2 * h) * e, scores + 5 * tokens * h * e)
+        in_mlp = (4 if job.shape.style.is_gated else 2) * job.intermediate_size
+        kept += max(tokens * (in_mlp + 2 * h) * e, scores + 5 * tokens * h * e)
     return [Block("activations", kept, tokens * max(job.intermediate_size, 3 * h) * e)]
 
 
@@ -199,7 +212,7 @@ def _loss_blocks(job: Job, on_cpu: bool) -> list[Block]:
 
 
 def _loss_gradient(job: Job) -> list[Block]:
-    """Gradients of the tied embedding: of the output layer, kept and scaled, and of the lookup, at the end."""
+    """Gradients of the embedding, tied or not: of the output layer, kept and scaled, and of the lookup, at the end."""
     v, h, e = job.shape.vocab_size, job.shape.hidden_size, job.element_bytes
     return [Block("output layer", 3 * e * v * h, e * v * h)]
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from configs.hardware import LINK_LATENCY
-from launcher.plan_job import Cluster, Job, count_block_parameters, count_parameters
+from launcher.plan_job import Cluster, Job, attended_tokens, count_block_parameters, count_parameters
 from launcher.plan_memory import LIVE_ELEMENTS
 
 MEMORY_SHARE = 0.8  # of the data sheet's memory bandwidth that elementwise operators reach
@@ -39,17 +39,24 @@ def model_flops_per_token(job: Job) -> float:
     """6 N + 12 L H Q T of PaLM (Chowdhery et al. 2022, appendix B): what the model needs, without recomputation.
 
     N are the parameters that a token is multiplied with: the word embedding counts as output layer, for BERT for its
-    share of targets; positions, which are looked up, do not count.
+    share of targets; positions, and a word embedding beside an output layer, are looked up and do not count. T of a
+    local layer is its window.
     """
     s = job.shape
-    looked_up = s.max_seq_len * s.hidden_size + (1 - job.target_share) * s.vocab_size * s.hidden_size
-    return 6 * (count_parameters(job) - looked_up) + 12 * s.num_layers * s.hidden_size * job.seq_len
+    positions = s.max_seq_len if s.style.rope_theta is None else 0
+    words = 1 - job.target_share if s.style.has_tied_output else 1
+    looked_up = (positions + words * s.vocab_size) * s.hidden_size
+    return 6 * (count_parameters(job) - looked_up) + _score_flops_per_token(job)
+
+
+def _score_flops_per_token(job: Job) -> float:
+    """12 L H Q T: of queries with keys, and of their weights with values."""
+    return 12 * job.shape.hidden_size * sum(attended_tokens(job, layer) for layer in range(job.shape.num_layers))
 
 
 def hardware_flops_per_token(job: Job) -> float:
     """Of model_flops_per_token and of the forward pass that checkpointing does again, a third of the layers' work."""
-    s = job.shape
-    layers = s.num_layers * (6 * count_block_parameters(job) + 12 * s.hidden_size * job.seq_len)
+    layers = job.shape.num_layers * 6 * count_block_parameters(job) + _score_flops_per_token(job)
     return model_flops_per_token(job) + (layers / 3 if job.checkpointing else 0.0)
 
 

@@ -18,11 +18,17 @@ if not __package__:  # started as a file: the packages lie beside this folder, n
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForPreTraining, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.utils import logging
 
 from configs.load import ConfigError, load_pretrain
-from configs.model_sizes import BertShape
+from configs.model_sizes import BertShape, GPTShape
 from configs.schema import PretrainConfig
 from data_pipeline.samples import tokens_before
 from data_pipeline.tokenizer import copy_tokenizer
@@ -32,6 +38,7 @@ from pretrain.metrics import read_metrics
 from pretrain.models import build_model, hf
 from pretrain.models.bert import Bert
 from pretrain.models.gpt import GPT, without_mup
+from pretrain.models.hf_config import CLASSES, hf_config
 from pretrain.report import write_report
 
 Weight = Callable[[str], torch.Tensor]  # parameter -> the whole of it, fp32
@@ -107,13 +114,16 @@ def export(config: PretrainConfig, found: Checkpoint, run_dir: Path, output: Pat
     tokenizer = AutoTokenizer.from_pretrained(aside)
     weight = checkpoint.weights(found, KEYS[which])
     model = load_model(config, weight, len(tokenizer))
-    (aside / "config.json").write_text(json.dumps(hf.hf_config(model.shape, tokenizer.eos_token_id), indent=2))
+    ids = {"eos": tokenizer.eos_token_id, "cls": tokenizer.cls_token_id, "sep": tokenizer.sep_token_id}
+    (aside / "config.json").write_text(json.dumps(hf_config(model.shape, ids), indent=2))
     shape = model.shape  # transformers' GPT-2 has no factors of muP's: they go into its weights
+    if isinstance(shape, BertShape) and not shape.style.has_pairs:
+        without_token_types(aside)
     usual = weight if isinstance(shape, BertShape) else lambda name: without_mup(shape, name, weight(name))
-    write_weights(found, usual, config.model.architecture, aside)
+    write_weights(found, usual, shape, aside)
     difference, largest = compare_logits(model, aside, len(tokenizer), config.train.longest_seq_len)
     if config.model.architecture == "bert":
-        write_encoder(found, weight, aside, run_dir / "tokenizer")
+        write_encoder(found, weight, shape, aside, run_dir / "tokenizer")
     (aside / "README.md").write_text(model_card(config, found, run_dir, model, which), encoding="utf-8")
     parity = {"max_abs_logit_difference": difference, "max_abs_logit": largest, "tolerance": TOLERANCE * largest}
     (aside / "parity.json").write_text(json.dumps(parity, indent=2), encoding="utf-8")
@@ -137,7 +147,16 @@ def load_model(config: PretrainConfig, weight: Weight, vocab_size: int) -> GPT |
     return model.eval()
 
 
-def write_encoder(found: Checkpoint, weight: Weight, directory: Path, tokenizer_dir: Path) -> None:
+def without_token_types(directory: Path) -> None:
+    """Let the tokenizer there make no token_type_ids, which ModernBERT does not take."""
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(settings | {"model_input_names": ["input_ids", "attention_mask"]}, indent=2))
+
+
+def write_encoder(
+    found: Checkpoint, weight: Weight, shape: GPTShape | BertShape, directory: Path, tokenizer_dir: Path
+) -> None:
     """Write `encoder/`: BERT without its pretraining heads.
 
     A classifier that transformers loads from the whole model reports the pretraining heads as unexpected; from here it
@@ -145,15 +164,20 @@ def write_encoder(found: Checkpoint, weight: Weight, directory: Path, tokenizer_
     """
     encoder = directory / "encoder"
     copy_tokenizer(tokenizer_dir, encoder)
+    if not shape.style.has_pairs:
+        without_token_types(encoder)
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    (encoder / "config.json").write_text(json.dumps(settings | {"architectures": ["BertModel"]}, indent=2))
-    write_weights(found, weight, "bert", encoder, heads=False)
+    body = {"architectures": ["BertModel" if shape.style.has_pairs else "ModernBertModel"]}
+    (encoder / "config.json").write_text(json.dumps(settings | body, indent=2))
+    write_weights(found, weight, shape, encoder, heads=False)
 
 
-def write_weights(found: Checkpoint, weight: Weight, architecture: str, directory: Path, heads: bool = True) -> None:
+def write_weights(
+    found: Checkpoint, weight: Weight, shape: GPTShape | BertShape, directory: Path, heads: bool = True
+) -> None:
     """Write the parameters under transformers' names into safetensors files of at most SHARD_BYTES each.
 
-    Without `heads`, BERT's pretraining heads (cls.*) are left out.
+    Without `heads`, BERT's pretraining heads are left out.
     """
     shards: list[dict[str, torch.Tensor]] = [{}]
     weight_map: dict[str, str] = {}
@@ -166,8 +190,8 @@ def write_weights(found: Checkpoint, weight: Weight, architecture: str, director
         shards[-1] = {}
 
     for ours in found.shapes:
-        for name, tensor in hf.to_hf(architecture, ours, weight(ours)):
-            if name.startswith("cls.") and not heads:
+        for name, tensor in hf.to_hf(shape, ours, weight(ours)):
+            if not heads and hf.is_head(shape, name):
                 continue
             bytes_more = tensor.numel() * tensor.element_size()
             if size and size + bytes_more > SHARD_BYTES:
@@ -191,7 +215,7 @@ tags: [{architecture}, pretrained, millstream]
 ---
 # {title}
 
-A {architecture} pretrained with millstream: {shape}.
+A {architecture} pretrained with millstream, a `{hf_class}`: {shape}.
 
 | | |
 | --- | --- |
@@ -227,8 +251,10 @@ def model_card(config: PretrainConfig, found: Checkpoint, run_dir: Path, model: 
     return CARD.format(
         pipeline_tag="text-generation" if is_gpt else "fill-mask",
         architecture="GPT" if is_gpt else "BERT",
+        hf_class=CLASSES[model.shape.style.model_type],
         title=run_dir.name,
-        shape=f"{shape.num_layers} layers of width {shape.hidden_size}, {shape.num_heads} heads, vocabulary "
+        shape=f"{shape.num_layers} layers of width {shape.hidden_size}, {shape.num_heads} heads"
+        f"{f' ({shape.kv_heads} of keys and values)' * (shape.kv_heads != shape.num_heads)}, vocabulary "
         f"{shape.vocab_size:,}, {sum(p.numel() for p in model.parameters()):,} parameters",
         step=found.step,
         num_steps=train.num_steps,
@@ -255,14 +281,15 @@ def model_card(config: PretrainConfig, found: Checkpoint, run_dir: Path, model: 
 def compare_logits(model: GPT | Bert, directory: Path, vocab_size: int, seq_len: int) -> tuple[float, float]:
     """The largest absolute difference and the largest absolute logit, over all heads, on random ids (2, seq_len)."""
     ids = torch.randint(vocab_size, (2, seq_len), generator=torch.Generator().manual_seed(0))
-    auto = AutoModelForCausalLM if isinstance(model, GPT) else AutoModelForPreTraining
-    reloaded = auto.from_pretrained(directory, dtype=torch.float32).eval()
+    has_pairs = model.shape.style.has_pairs
+    auto = AutoModelForCausalLM if isinstance(model, GPT) else AutoModelForMaskedLM
+    reloaded = (AutoModelForPreTraining if has_pairs else auto).from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         ours, theirs = model(ids), reloaded(ids)
-    if isinstance(model, GPT):
-        pairs = [(ours, theirs.logits)]
-    else:
+    if has_pairs:
         pairs = list(zip(ours, (theirs.prediction_logits, theirs.seq_relationship_logits), strict=True))
+    else:
+        pairs = [(ours, theirs.logits)]
     difference = max((a.float() - b.float()).abs().max().item() for a, b in pairs)
     return difference, max(a.abs().max().item() for a, _ in pairs)
 
@@ -273,7 +300,7 @@ def generate(directory: Path) -> list[str]:
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     torch.manual_seed(0)
     start = torch.full((3, 1), tokenizer.eos_token_id)  # what stands before every document
-    length = min(GENERATE_TOKENS, model.config.n_positions)
+    length = min(GENERATE_TOKENS, model.config.max_position_embeddings)
     sampling = GenerationConfig(
         do_sample=True, top_k=40, temperature=0.8, max_length=length, pad_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,

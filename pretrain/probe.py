@@ -32,7 +32,7 @@ from pretrain.step import train_step
 
 WARMUP_STEPS, LEAST_STEPS, MOST_STEPS = 3, 5, 500
 OWN_WORDS = ("layers", "tiny", "accumulations", "seconds", "vocab_size", "out")
-TINY = {"num_layers": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16}
+TINY = {"num_layers": 1, "hidden_size": 16, "num_heads": 1, "num_kv_heads": 1, "intermediate_size": 16}
 DOCUMENT_TOKENS = 300  # of the random dataset: several documents in a row, as in most
 
 

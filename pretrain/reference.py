@@ -181,13 +181,21 @@ def written_out_attention(
     mask: torch.Tensor | None = None,
     causal: bool = False,
     dropout: float = 0.0,
+    window: int | None = None,
 ) -> torch.Tensor:
     """As `kernels.attention.attention`, with all scores at once and, for now, without dropout."""
     if dropout:
         raise ValueError(f"dropout={dropout}: written-out attention has none")
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (batch, heads, seq, seq)
-    if mask is None and causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible.tril()
+    if window is not None:
+        back, ahead = attention_kernel.reach(window, causal)
+        visible = visible.triu(-back).tril(ahead)
+    if causal or window is not None:
+        mask = visible if mask is None else visible & mask | visible.new_ones(q.shape[-2]).diag()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return torch.softmax(scores, -1) @ v

@@ -33,16 +33,53 @@ def attention(
     mask: torch.Tensor | None = None,
     causal: bool = False,
     dropout: float = 0.0,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """Attention of q, k, v (batch, heads, seq, head_dim), one dtype; returns the same shape.
+    """Attention of q, k, v (batch, heads, seq, head_dim), one dtype; returns the shape of q.
 
+    k and v may have fewer heads, each for heads / kv_heads consecutive heads of q (Ainslie et al. 2023).
     mask (batch or 1, heads or 1, seq, seq) bool, True where a query may look; with `causal` and a mask, the mask must
     hide later keys itself. Every query must see some key. `dropout` is the share of attention weights set to zero.
+    window: so many tokens are looked at, with `causal` itself and those before, else also half before and half after.
     """
+    if k.shape[1] != q.shape[1]:
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
+    if window is not None:
+        back, ahead = reach(window, causal)
+        if q.shape[-2] > 1 + max(back, ahead):
+            return _local(q, k, v, mask, back, ahead, dropout)
     suits_blocks = mask is not None or q.shape[-2] <= LONGEST_UNMASKED
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and suits_blocks:
         return _blockwise(q, k, v, mask, causal, dropout)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, dropout_p=dropout)
+
+
+def reach(window: int, causal: bool) -> tuple[int, int]:
+    """How many tokens before and after itself a token sees."""
+    return (window - 1, 0) if causal else (window // 2, window // 2)
+
+
+def _local(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, back: int, ahead: int, dropout: float
+) -> torch.Tensor:
+    """Attention to the `back` tokens before, itself, and the `ahead` tokens after, block by block of queries.
+
+    A block computes scores with the keys that one of it can see, so work and memory grow with seq x window. A token
+    always sees itself, also padding, whose other keys the mask may all hide: a row of nothing would be NaN.
+    """
+    seq = q.shape[-2]
+    blocks = []
+    for start in range(0, seq, BLOCK_QUERIES):
+        stop = min(seq, start + BLOCK_QUERIES)
+        first, end = max(0, start - back), min(seq, stop + ahead)
+        places = torch.arange(first, end, device=q.device)
+        distance = places - torch.arange(start, stop, device=q.device)[:, None]  # (block, keys)
+        near = (distance >= -back) & (distance <= ahead)
+        if mask is not None:
+            near = near & mask[..., start:stop, first:end] | (distance == 0)
+        block = (q[..., start:stop, :], k[..., first:end, :], v[..., first:end, :])
+        blocks.append(attention(*block, near, False, dropout))
+    return torch.cat(blocks, -2) if len(blocks) > 1 else blocks[0]
 
 
 def _blockwise(
@@ -53,7 +90,7 @@ def _blockwise(
     blocks = []
     for start in range(0, seq, BLOCK_QUERIES):
         stop = min(seq, start + BLOCK_QUERIES)
-        end = stop if causal else seq  # no query of this block sees a key from `end` on
+        end = stop if causal else k.shape[-2]  # no query of this block sees a key from `end` on
         scores = q[..., start:stop, :] @ k[..., :end, :].transpose(-1, -2)  # (batch, heads, block, end)
         if mask is not None:
             scores.masked_fill_(~mask[..., start:stop, :end], float("-inf"))
@@ -109,17 +146,21 @@ def _block(lengths: list[int], device: torch.device) -> SequenceBlock:
 
 
 def varlen_attention(
-    qkv: torch.Tensor, blocks: list[SequenceBlock], causal: bool = False, dropout: float = 0.0
+    qkv: torch.Tensor,
+    blocks: list[SequenceBlock],
+    causal: bool = False,
+    dropout: float = 0.0,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Attention of each sequence of a long row to itself: qkv (total, 3, heads, head_dim) -> (total, heads, head_dim).
 
-    blocks: of `sequence_blocks`, whose tokens are `total`. `dropout` is the share of attention weights set to zero.
+    blocks: of `sequence_blocks`, whose tokens are `total`. `dropout`, `window`: as for `attention`.
     """
     mixed = []
     for block, part in zip(blocks, qkv.split([block.num_tokens for block in blocks]), strict=True):
         rows = part if block.source is None else part.index_select(0, block.source)
         q, k, v = rows.unflatten(0, (block.num_sequences, block.longest)).permute(2, 0, 3, 1, 4)
         mask = None if causal else block.mask  # padding comes last: with `causal` nothing real looks at it
-        out = attention(q, k, v, mask, causal, dropout).transpose(1, 2).flatten(0, 1)
+        out = attention(q, k, v, mask, causal, dropout, window).transpose(1, 2).flatten(0, 1)
         mixed.append(out if block.places is None else out.index_select(0, block.places))
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]

@@ -1,6 +1,10 @@
-"""BERT (Devlin et al. 2019): post-norm encoder, three embeddings, heads for masked words and next sentence."""
+"""Encoders: BERT (Devlin et al. 2019), post-norm, with three embeddings and heads for masked words and next sentence;
+ModernBERT (Warner et al. 2024), pre-norm, with rotary positions, local blocks and the head for masked words alone.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -10,30 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from configs.model_sizes import BertShape
 from pretrain.kernels.attention import sequence_blocks
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX
-from pretrain.models.layers import MLP, Attention, Bias, Embedding, Linear, Visible, attention_mask
+from pretrain.models.layers import Bias, Block, Embedding, Linear, Visible, attention_mask, make_norm, rotations
 from pretrain.objective import token_losses
 
-NORM_EPS = 1e-12
 PADDING_ID = 0  # of [PAD], in the published vocabularies and in those trained here
-
-
-class Block(nn.Module):
-    """norm(x + attention(x)), then norm(x + mlp(x))."""
-
-    def __init__(self, shape: BertShape, dropout: float, attention_dropout: float) -> None:
-        super().__init__()
-        self.attention = Attention(
-            shape.hidden_size, shape.num_heads, attention_dropout, shape.init_std, shape.init_std, causal=False
-        )
-        self.attention_norm = nn.LayerNorm(shape.hidden_size, eps=NORM_EPS)
-        intermediate_size = shape.intermediate_size or 4 * shape.hidden_size
-        self.mlp = MLP(shape.hidden_size, intermediate_size, "none", shape.init_std, shape.init_std)
-        self.mlp_norm = nn.LayerNorm(shape.hidden_size, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: torch.Tensor, mask: Visible) -> torch.Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask)))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
 class Bert(nn.Module):
@@ -49,17 +33,27 @@ class Bert(nn.Module):
         super().__init__()
         self.shape = shape
         self.activation_checkpointing = activation_checkpointing
-        self.word_embeddings = Embedding(shape.vocab_size, shape.hidden_size, shape.init_std, PADDING_ID)
-        self.position_embeddings = Embedding(shape.max_seq_len, shape.hidden_size, shape.init_std)
-        self.token_type_embeddings = Embedding(2, shape.hidden_size, shape.init_std)
-        self.embedding_norm = nn.LayerNorm(shape.hidden_size, eps=NORM_EPS)
+        hidden_size, std, style = shape.hidden_size, shape.init_std, shape.style
+        self.word_embeddings = Embedding(shape.vocab_size, hidden_size, std, PADDING_ID)
+        if style.rope_theta is None:
+            self.position_embeddings = Embedding(shape.max_seq_len, hidden_size, std)
+        if style.has_pairs:
+            self.token_type_embeddings = Embedding(2, hidden_size, std)
+        self.embedding_norm = make_norm(hidden_size, style)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(shape, dropout, attention_dropout) for _ in range(shape.num_layers))
-        self.pooler = Linear(shape.hidden_size, shape.hidden_size, shape.init_std)
-        self.mlm_transform = Linear(shape.hidden_size, shape.hidden_size, shape.init_std)
-        self.mlm_norm = nn.LayerNorm(shape.hidden_size, eps=NORM_EPS)
+        stds = (std, std / math.sqrt(2 * shape.num_layers) if style.norm_first else std)
+        self.blocks = nn.ModuleList(
+            Block(shape, layer, dropout, attention_dropout, *stds) for layer in range(shape.num_layers)
+        )
+        if style.norm_first:
+            self.final_norm = make_norm(hidden_size, style)
+        if style.has_pairs:
+            self.pooler = Linear(hidden_size, hidden_size, std)
+        self.mlm_transform = Linear(hidden_size, hidden_size, std, style.has_bias)
+        self.mlm_norm = make_norm(hidden_size, style)
         self.mlm_output = Bias(shape.vocab_size)
-        self.nsp_output = Linear(shape.hidden_size, 2, shape.init_std)
+        if style.has_pairs:
+            self.nsp_output = Linear(hidden_size, 2, std)
 
     def external_parameters(self) -> list[tuple[nn.Module, torch.Tensor]]:
         """(module, parameter) where a module uses a parameter of another one: the MLM output is the embedding."""
@@ -76,29 +70,29 @@ class Bert(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor] | dict[str, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | dict[str, torch.Tensor]:
         """Inputs are (batch, seq), int64 (segment_ids: int32); next_sentence_label is (batch,), 0 is "next".
 
         Without labels: MLM logits (batch, seq, vocab) and NSP logits (batch, 2). With labels (-100 is no target):
         {"mlm": sum of cross entropies over the targets, "nsp": the same over next_sentence_label}, fp32 scalars, and
         with label_smoothing or z_loss, which are of the tokens, what `objective` lists. Only the masked positions,
-        about 15 %, go through the MLM head.
+        about 15 %, go through the MLM head. A style without pairs has the MLM logits alone, and no use for
+        token_type_ids.
 
         With cu_seqlens (batch + 1,) int32 the inputs are (1, total), samples of any lengths one after the other: sample
         i is [cu_seqlens[i], cu_seqlens[i + 1]), sees only itself, and position_ids restart with it.
         """
         x = self.encode(input_ids, segment_ids, position_ids, token_type_ids, cu_seqlens)
-        first = x[:, 0] if cu_seqlens is None else x[0, cu_seqlens[:-1]]  # (batch, hidden), of each sample's [CLS]
-        pooled = torch.tanh(self.pooler(first))
+        has_pairs = self.shape.style.has_pairs
         if labels is None:
-            hidden = self.mlm_hidden(x)
-            return hidden @ self.word_embeddings.weight.t() + self.mlm_output.bias, self.nsp_output(pooled)
+            words = self.mlm_hidden(x) @ self.word_embeddings.weight.t() + self.mlm_output.bias
+            return (words, self.pair_logits(x, cu_seqlens)) if has_pairs else words
         targets = labels.flatten() != IGNORE_INDEX
         hidden = self.mlm_hidden(x.flatten(0, 1)[targets])
         weight, bias = self.word_embeddings.weight, self.mlm_output.bias
         losses = token_losses("mlm", hidden, weight, bias, labels.flatten()[targets], label_smoothing, z_loss)
         if next_sentence_label is not None:
-            logits = self.nsp_output(pooled).float()
+            logits = self.pair_logits(x, cu_seqlens).float()
             losses["nsp"] = F.cross_entropy(logits, next_sentence_label, reduction="sum", ignore_index=IGNORE_INDEX)
         return losses
 
@@ -113,21 +107,31 @@ class Bert(nn.Module):
         """Hidden states of the last block, (batch, seq, hidden)."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
         mask: Visible
         if cu_seqlens is None:
             mask = attention_mask(segment_ids, causal=False)
         else:
             mask = sequence_blocks(cu_seqlens, self.shape.num_heads)
-        x = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
-        x = self.dropout(self.embedding_norm(x + self.token_type_embeddings(token_type_ids)))
-        for block in self.blocks:
+        x = self.word_embeddings(input_ids)
+        if self.shape.style.rope_theta is None:
+            x = x + self.position_embeddings(position_ids)
+        if self.shape.style.has_pairs:
+            x = x + self.token_type_embeddings(
+                torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            )
+        x = self.dropout(self.embedding_norm(x))
+        rotation = rotations(self.shape, position_ids)
+        for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, mask, use_reentrant=False)
+                x = checkpoint(block, x, mask, rotation[layer], use_reentrant=False)
             else:
-                x = block(x, mask)
-        return x
+                x = block(x, mask, rotation[layer])
+        return self.final_norm(x) if self.shape.style.norm_first else x
+
+    def pair_logits(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        """(batch, 2), of the hidden states of each sample's [CLS]."""
+        first = x[:, 0] if cu_seqlens is None else x[0, cu_seqlens[:-1]]  # (batch, hidden)
+        return self.nsp_output(torch.tanh(self.pooler(first)))
 
     def mlm_hidden(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlm_norm(F.gelu(self.mlm_transform(x)))

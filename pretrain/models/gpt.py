@@ -1,4 +1,9 @@
-"""GPT-2 and GPT-3 (Radford et al. 2019; Brown et al. 2020): pre-norm decoder, learned positions, tied embeddings."""
+"""Decoders: GPT-2 and GPT-3 (Radford et al. 2019; Brown et al. 2020), and the other styles of `GPT_STYLES`.
+
+In every style a block is x + attention(norm(x)), then x + mlp(norm(x)), and its two output layers start smaller by
+sqrt(2 x num_layers). With muP all four matrices start smaller by sqrt(width_ratio), and attention is divided by
+head_dim / the square root of the base model's, in place of sqrt(head_dim).
+"""
 
 from __future__ import annotations
 
@@ -9,35 +14,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.model_sizes import GPTShape
-from pretrain.models.layers import MLP, Attention, Embedding, attention_mask
+from pretrain.models.layers import Block, Embedding, Linear, attention_mask, make_norm, rotations
 from pretrain.objective import token_losses
 
 INIT_STD = 0.02
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the two output layers start smaller by sqrt(2 x num_layers).
-
-    With muP all four matrices start smaller by sqrt(width_ratio), and attention is divided by head_dim / the square
-    root of the base model's, in place of sqrt(head_dim).
-    """
-
-    def __init__(self, shape: GPTShape, dropout: float, attention_dropout: float) -> None:
-        super().__init__()
-        std = INIT_STD / math.sqrt(shape.width_ratio)
-        output_std = std / math.sqrt(2 * shape.num_layers)
-        self.attention_norm = nn.LayerNorm(shape.hidden_size)
-        self.attention = Attention(
-            shape.hidden_size, shape.num_heads, attention_dropout, std, output_std, True, query_scale(shape)
-        )
-        self.mlp_norm = nn.LayerNorm(shape.hidden_size)
-        intermediate_size = shape.intermediate_size or 4 * shape.hidden_size
-        self.mlp = MLP(shape.hidden_size, intermediate_size, "tanh", std, output_std)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), mask))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
 class GPT(nn.Module):
@@ -54,14 +34,27 @@ class GPT(nn.Module):
         self.shape = shape
         self.activation_checkpointing = activation_checkpointing
         self.word_embeddings = Embedding(shape.vocab_size, shape.hidden_size, INIT_STD)
-        self.position_embeddings = Embedding(shape.max_seq_len, shape.hidden_size, INIT_STD)
+        if shape.style.rope_theta is None:
+            self.position_embeddings = Embedding(shape.max_seq_len, shape.hidden_size, INIT_STD)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(shape, dropout, attention_dropout) for _ in range(shape.num_layers))
-        self.final_norm = nn.LayerNorm(shape.hidden_size)
+        std = INIT_STD / math.sqrt(shape.width_ratio)
+        stds = (std, std / math.sqrt(2 * shape.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(shape, layer, dropout, attention_dropout, *stds, query_scale(shape))
+            for layer in range(shape.num_layers)
+        )
+        self.final_norm = make_norm(shape.hidden_size, shape.style)
+        if not shape.style.has_tied_output:
+            self.word_output = Linear(shape.hidden_size, shape.vocab_size, INIT_STD, bias=False)
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """(vocab, hidden), of the output layer: the embedding's, where they are tied."""
+        return self.word_embeddings.weight if self.shape.style.has_tied_output else self.word_output.weight
 
     def external_parameters(self) -> list[tuple[nn.Module, torch.Tensor]]:
-        """(module, parameter) where a module uses a parameter of another one: the output layer is the embedding."""
-        return [(self, self.word_embeddings.weight)]
+        """(module, parameter) where a module uses a parameter of another one: the loss has the output layer in it."""
+        return [(self, self.output_weight)]
 
     def forward(
         self,
@@ -80,19 +73,22 @@ class GPT(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         mask = attention_mask(segment_ids, causal=True)
-        x = self.dropout(self.word_embeddings(input_ids) + self.position_embeddings(position_ids))
-        for block in self.blocks:
+        x = self.word_embeddings(input_ids)
+        if self.shape.style.rope_theta is None:
+            x = x + self.position_embeddings(position_ids)
+        x = self.dropout(x)
+        rotation = rotations(self.shape, position_ids)
+        for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, mask, use_reentrant=False)
+                x = checkpoint(block, x, mask, rotation[layer], use_reentrant=False)
             else:
-                x = block(x, mask)
+                x = block(x, mask, rotation[layer])
         x = self.final_norm(x)
         if self.shape.width_ratio != 1:
             x = x / self.shape.width_ratio
         if labels is None:
-            return x @ self.word_embeddings.weight.t()
-        weight = self.word_embeddings.weight
-        return token_losses("clm", x.flatten(0, 1), weight, None, labels.flatten(), label_smoothing, z_loss)
+            return x @ self.output_weight.t()
+        return token_losses("clm", x.flatten(0, 1), self.output_weight, None, labels.flatten(), label_smoothing, z_loss)
 
 
 def query_scale(shape: GPTShape) -> float:

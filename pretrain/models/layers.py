@@ -1,4 +1,4 @@
-"""What GPT and BERT share: initialised layers, attention inside documents, the MLP.
+"""What GPT and BERT share: initialised layers, attention inside documents, the MLP, and the block made of them.
 
 Initialisation happens in `reset_parameters`, which torch calls while the layer is being made: under ZeRO-3 a parameter
 is whole only there, and cut into the ranks' pieces as soon as its layer exists.
@@ -7,10 +7,14 @@ is whole only there, and cut into the ranks' pieces as soon as its layer exists.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from configs.model_sizes import Shape
+from configs.model_styles import Style
+from pretrain.kernels.activation import linear_activation, linear_gated_activation
+from pretrain.kernels.add_norm import layer_norm, rms_norm
 from pretrain.kernels.attention import SequenceBlock, attention, varlen_attention
+from pretrain.kernels.rotary import Rotation, rotary, rotation
 
 # Who may look at whom: an `attention_mask`, None for everybody (or all earlier ones), or the sequences of one long row.
 Visible = torch.Tensor | list[SequenceBlock] | None
@@ -19,13 +23,14 @@ Visible = torch.Tensor | list[SequenceBlock] | None
 class Linear(nn.Linear):
     """nn.Linear with weights from N(0, std) and zero bias, as GPT-2 and BERT draw them."""
 
-    def __init__(self, in_features: int, out_features: int, std: float) -> None:
+    def __init__(self, in_features: int, out_features: int, std: float, bias: bool = True) -> None:
         self.std = std
-        super().__init__(in_features, out_features)
+        super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -48,6 +53,31 @@ class Bias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size))
 
 
+class RMSNorm(nn.Module):
+    """`rms_norm` with a weight of its own, (size,), which starts at one."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm by `layer_norm`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def make_norm(size: int, style: Style) -> nn.Module:
+    if style.norm == "rms":
+        return RMSNorm(size, style.norm_eps)
+    return LayerNorm(size, style.norm_eps, bias=style.has_bias)
+
+
 def attention_mask(segment_ids: torch.Tensor | None, causal: bool) -> torch.Tensor | None:
     """Who may look at whom: (batch, 1, seq, seq) bool, or None where nothing but causality restricts it.
 
@@ -60,48 +90,118 @@ def attention_mask(segment_ids: torch.Tensor | None, causal: bool) -> torch.Tens
     return mask.tril() if causal else mask
 
 
+def rotations(shape: Shape, position_ids: torch.Tensor) -> list[Rotation | None]:
+    """Of each block, for position_ids (batch, seq) or (seq,); None where positions are learned."""
+    thetas = [shape.style.theta(layer) for layer in range(shape.num_layers)]
+    found = {theta: rotation(position_ids, shape.head_dim, theta) for theta in set(thetas) if theta is not None}
+    return [None if theta is None else found[theta] for theta in thetas]
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention; query, key and value come from one matrix product. query_scale: of the queries."""
+    """Multi-head self-attention of block `layer`; query, key and value come from one matrix product.
+
+    query_scale: of the queries.
+    """
 
     def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        dropout: float,
-        std: float,
-        output_std: float,
-        causal: bool,
-        query_scale: float = 1.0,
+        self, shape: Shape, layer: int, dropout: float, std: float, output_std: float, query_scale: float = 1.0
     ) -> None:
         super().__init__()
-        self.num_heads, self.dropout, self.causal, self.query_scale = num_heads, dropout, causal, query_scale
-        self.qkv = Linear(hidden_size, 3 * hidden_size, std)
-        self.output = Linear(hidden_size, hidden_size, output_std)
+        style = shape.style
+        self.num_heads, self.kv_heads, self.head_dim = shape.num_heads, shape.kv_heads, shape.head_dim
+        self.dropout, self.causal, self.query_scale = dropout, style.is_causal, query_scale
+        self.window = style.window(layer)
+        num_heads = shape.num_heads + 2 * shape.kv_heads
+        self.qkv = Linear(shape.hidden_size, num_heads * shape.head_dim, std, style.has_qkv_bias)
+        self.query_norm = RMSNorm(shape.head_dim, style.norm_eps) if style.norms_qk else None
+        self.key_norm = RMSNorm(shape.head_dim, style.norm_eps) if style.norms_qk else None
+        self.output = Linear(shape.hidden_size, shape.hidden_size, output_std, style.has_bias)
 
-    def forward(self, x: torch.Tensor, mask: Visible) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: Visible, rotation: Rotation | None = None) -> torch.Tensor:
         batch, seq, hidden_size = x.shape
-        qkv = self.qkv(x).view(batch, seq, 3, self.num_heads, hidden_size // self.num_heads)
+        qkv = self.qkv(x).view(batch, seq, -1, self.head_dim)  # heads of queries, then of keys, then of values
+        if rotation is not None:
+            qkv = self.normed_and_rotated(qkv, rotation)
         dropout = self.dropout if self.training else 0.0
         if isinstance(mask, list):  # one long row of sequences
-            mixed = varlen_attention(qkv.flatten(0, 1), mask, self.causal, dropout)  # (seq, heads, head_dim)
+            thirds = qkv.view(seq, 3, self.num_heads, self.head_dim)
+            mixed = varlen_attention(thirds, mask, self.causal, dropout, self.window)  # (seq, heads, head_dim)
         else:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, seq, head_dim)
+            q, k, v = qkv.transpose(1, 2).split([self.num_heads, self.kv_heads, self.kv_heads], 1)
             if self.query_scale != 1:
                 q = q * self.query_scale
-            mixed = attention(q, k, v, mask, self.causal, dropout).transpose(1, 2)
+            mixed = attention(q, k, v, mask, self.causal, dropout, self.window).transpose(1, 2)
         return self.output(mixed.reshape(batch, seq, hidden_size))
+
+    def normed_and_rotated(self, qkv: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        """qkv (batch, seq, heads, head_dim) with what is done to queries and keys by their positions."""
+        if self.query_norm is None or self.key_norm is None:
+            looking, v = qkv.split([self.num_heads + self.kv_heads, self.kv_heads], 2)
+        else:
+            q, k, v = qkv.split([self.num_heads, self.kv_heads, self.kv_heads], 2)
+            looking = torch.cat([self.query_norm(q), self.key_norm(k)], 2)
+        return torch.cat([rotary(looking, rotation), v], 2)
+
+
+class ActivatedLinear(Linear):
+    """A linear layer with the style's activation on it: of each column, or of `columns` gates, times as many values."""
+
+    def __init__(self, in_features: int, columns: int, std: float, style: Style) -> None:
+        self.activation, self.is_gated = style.activation, style.is_gated
+        super().__init__(in_features, 2 * columns if style.is_gated else columns, std, style.has_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        function = linear_gated_activation if self.is_gated else linear_activation
+        return function(x, self.weight, self.bias, self.activation)
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU between; `approximate` is "tanh" for GPT-2 and "none" for BERT."""
+    """Two linear layers with the style's activation between; gated, the first one makes gates and values at once."""
 
-    def __init__(
-        self, hidden_size: int, intermediate_size: int, approximate: str, std: float, output_std: float
-    ) -> None:
+    def __init__(self, shape: Shape, std: float, output_std: float) -> None:
         super().__init__()
-        self.approximate = approximate
-        self.up = Linear(hidden_size, intermediate_size, std)
-        self.down = Linear(intermediate_size, hidden_size, output_std)
+        self.is_gated = shape.style.is_gated
+        first = ActivatedLinear(shape.hidden_size, shape.mlp_size, std, shape.style)
+        if self.is_gated:
+            self.gate_up = first  # named for what it is: two matrices, which muon.py takes apart
+        else:
+            self.up = first
+        self.down = Linear(shape.mlp_size, shape.hidden_size, output_std, shape.style.has_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+        return self.down(self.gate_up(x) if self.is_gated else self.up(x))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to what it looks at: x + f(norm(x)), or norm(x + f(x)), as the style says.
+
+    The matrices start from N(0, std), the last one of each of the two from N(0, output_std).
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        layer: int,
+        dropout: float,
+        attention_dropout: float,
+        std: float,
+        output_std: float,
+        query_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        style = shape.style
+        self.norm_first = style.norm_first
+        is_normed = style.norm_first and style.norms_embeddings and layer == 0
+        self.attention_norm = nn.Identity() if is_normed else make_norm(shape.hidden_size, style)
+        self.attention = Attention(shape, layer, attention_dropout, std, output_std, query_scale)
+        self.mlp_norm = make_norm(shape.hidden_size, style)
+        self.mlp = MLP(shape, std, output_std)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, mask: Visible, rotation: Rotation | None = None) -> torch.Tensor:
+        """x (batch, seq, hidden) -> the same shape; `rotation` of `rotations`."""
+        if self.norm_first:
+            x = x + self.dropout(self.attention(self.attention_norm(x), mask, rotation))
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, mask, rotation)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))

@@ -11,6 +11,7 @@ of AdamW's, so that matrices and the rest share one learning rate and one decay,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,8 +67,14 @@ def muon(weights: torch.Tensor, grad: torch.Tensor, state: State, group: dict[st
 
 
 def direction(matrix: torch.Tensor, part: Slice) -> torch.Tensor:
-    """`matrix` (rows, columns) orthogonalized and scaled; a fused query, key and value matrix as the three it is."""
-    blocks = matrix.chunk(3) if part.name.endswith("qkv.weight") else [matrix]
+    """`matrix` (rows, columns) orthogonalized and scaled; a fused one as the two or three that it is."""
+    columns = matrix.shape[1]
+    blocks: Sequence[torch.Tensor] = [matrix]
+    if part.name.endswith("qkv.weight"):  # queries are as wide as the model, keys and values share the rest
+        kv_rows = (len(matrix) - columns) // 2
+        blocks = matrix.split([columns, kv_rows, kv_rows])
+    elif part.name.endswith("gate_up.weight"):
+        blocks = matrix.chunk(2)
     return torch.cat([orthogonalize(block) * (0.2 * math.sqrt(max(block.shape))) for block in blocks])
 
 

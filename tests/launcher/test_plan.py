@@ -15,6 +15,7 @@ from configs.errors import ConfigError
 from configs.hardware import GPUS, NETWORKS, gpu, network
 from configs.load import load_pretrain
 from configs.model_sizes import BERT_SIZES, GPT_SIZES
+from configs.model_styles import GPT_STYLES
 from configs.schema import ModelConfig, PretrainConfig
 from launcher.plan import choices, fit, make_plan, smallest_cluster
 from launcher.plan_command import plan, words_of
@@ -28,9 +29,11 @@ from launcher.plan_time import (
     step_time,
 )
 from pretrain.models import build_model
+from pretrain.models.layers import attention_mask, rotations
 from tests.conftest import ROOT
 
 CONFIG = ROOT / "configs/gpt/gpt2-124m.yaml"
+LLAMAS = [replace(GPT_STYLES["llama"], has_tied_output=is_tied) for is_tied in (True, False)]
 
 
 def job_of(preset: str = "gpt2", architecture: str = "gpt", num_gpus: int = 8, **values) -> Job:
@@ -84,6 +87,38 @@ def test_activations_of_a_layer_are_those_of_korthikanti_without_what_is_fused_a
     assert activation_bytes(job) - rest == pytest.approx(32 * s * b * h)
     masks = activation_bytes(replace(job, dropout=0.1)) - activation_bytes(job)
     assert masks == pytest.approx(2 * s * b * h)  # two masks of a byte
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("preset", ["nano", "llama-nano", "qwen3-nano", "gpt-neo-nano", "modernbert-nano"])
+def test_activations_of_a_layer_are_what_autograd_keeps_of_it(preset, precision):
+    """On a CPU, of a row of two documents; in bytes of all tensors but weights that backward will read."""
+    is_gpt = preset in GPT_SIZES
+    model = {"architecture": "gpt" if is_gpt else "bert", "preset": preset, "num_layers": 2, "max_seq_len": 512}
+    model |= {"local_window": 64} if preset in ("gpt-neo-nano", "modernbert-nano") else {}
+    train = {"seq_len": 512, "micro_batch_size": 2, "global_batch_size": 2, "precision": precision}
+    config = PretrainConfig.model_validate({"run_dir": "x", "model": model, "train": train})
+    block = build_model(config.model, 100, 512).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    segments = torch.ones(2, 512, dtype=torch.int32)
+    segments[:, 300:] = 2
+    mask, rotation = attention_mask(segments, is_gpt), rotations(block.shape, torch.arange(512))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    kept: list[torch.Tensor] = []
+    x = torch.randn(2, 512, 128, dtype=next(block.parameters()).dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        block.blocks[1](x, mask, rotation[1])  # a local one, where the style has them
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    found = sum(size for place, size in storages.items() if place not in weights)
+    assert activation_bytes(make_job(config, 100, 1), on_cpu=True, layer=1) == pytest.approx(found, rel=0.12)
+
+
+def test_local_layers_have_the_flops_of_their_window_and_looked_up_embeddings_none():
+    neo = job_of("gpt-neo-125m", seq_len=2048)
+    whole = replace(neo, shape=replace(neo.shape, style=replace(neo.shape.style, local_window=2048)))
+    assert model_flops_per_token(whole) - model_flops_per_token(neo) == 12 * 768 * 6 * (2048 - 256)
+    tied, untied = (job_of("llama-nano", shape=replace(GPT_SIZES["llama-nano"], style=style)) for style in LLAMAS)
+    assert count_parameters(untied) - count_parameters(tied) == 50_257 * 128
+    assert model_flops_per_token(untied) == model_flops_per_token(tied)
 
 
 def test_checkpointing_keeps_two_bytes_per_hidden_element_of_each_layer():

@@ -19,6 +19,7 @@ from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX
 from pretrain.models import build_model, gpt, hf
 from pretrain.models.bert import Bert
 from pretrain.models.gpt import GPT
+from pretrain.models.hf_config import shape_from_hf
 from pretrain.objective import count_targets, global_mean
 
 GPT_CASES = [dict(n_layer=2, n_embd=48, n_head=3, vocab_size=97), dict(n_layer=3, n_embd=32, n_head=1, n_inner=40)]
@@ -34,10 +35,10 @@ def ids(vocab_size: int, *shape: int) -> torch.Tensor:
 
 def with_weights_of(theirs: torch.nn.Module) -> GPT | Bert:
     """Our model with the weights of one of transformers."""
-    shape = hf.shape_from_hf(theirs.config.to_dict())
+    shape = shape_from_hf(theirs.config.to_dict())
     ours = GPT(shape) if theirs.config.model_type == "gpt2" else Bert(shape)
     names = [name for name, _ in ours.named_parameters()]
-    ours.load_state_dict(hf.from_hf(ours.architecture, names, theirs.state_dict()))
+    ours.load_state_dict(hf.from_hf(shape, names, theirs.state_dict()))
     return ours.eval()
 
 
@@ -45,7 +46,7 @@ def our_gradients(model: GPT | Bert) -> dict[str, torch.Tensor]:
     """Gradients under transformers' names."""
     gradients = {}
     for name, parameter in model.named_parameters():
-        gradients.update(hf.to_hf(model.architecture, name, parameter.grad))
+        gradients.update(hf.to_hf(model.shape, name, parameter.grad))
     return gradients
 
 
@@ -111,7 +112,7 @@ def test_masked_words_alone_have_the_loss_and_gradients_of_transformers():
     gradients = {}
     for name, parameter in ours.named_parameters():
         if parameter.grad is not None:
-            gradients.update(hf.to_hf("bert", name, parameter.grad))
+            gradients.update(hf.to_hf(ours.shape, name, parameter.grad))
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
     assert not any("pooler" in name or "seq_relationship" in name for name in gradients)
@@ -151,8 +152,8 @@ def test_golden_gpt2_of_transformers_gives_its_recorded_logits_loss_and_gradient
     golden = load_file(shared_data / "goldens/hf_gpt2_tiny_io.safetensors")
     if not any(name.startswith("transformer.") for name in weights):
         weights = {f"transformer.{name}": tensor for name, tensor in weights.items()}
-    ours = GPT(hf.shape_from_hf(config))
-    ours.load_state_dict(hf.from_hf("gpt", [name for name, _ in ours.named_parameters()], weights))
+    ours = GPT(shape_from_hf(config))
+    ours.load_state_dict(hf.from_hf(ours.shape, [name for name, _ in ours.named_parameters()], weights))
     tokens = golden["input_ids"].long()
     logits = ours(tokens)
     torch.testing.assert_close(logits, golden["logits"].float(), atol=1e-5, rtol=1e-5)
@@ -173,8 +174,8 @@ def test_names_round_trip_through_transformers(architecture):
     config = ModelConfig(architecture=architecture, num_layers=2, hidden_size=32, num_heads=2)
     model = build_model(config, 61, 16)
     ours = dict(model.named_parameters())
-    theirs = dict(pair for name, tensor in ours.items() for pair in hf.to_hf(architecture, name, tensor))
-    back = hf.from_hf(architecture, list(ours), theirs)
+    theirs = dict(pair for name, tensor in ours.items() for pair in hf.to_hf(model.shape, name, tensor))
+    back = hf.from_hf(model.shape, list(ours), theirs)
     assert all(torch.equal(back[name], tensor) for name, tensor in ours.items())
 
 
