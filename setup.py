@@ -69,6 +69,8 @@ setup(
     extras_require={
         "s3": ["s3fs"],
         "datatrove": ["datatrove"],
+        "onnx": ["onnx", "onnxruntime", "onnxscript"],
+        "gguf": ["gguf"],
         "dev": [
             "pytest",
             "pytest-xdist",
@@ -78,6 +80,10 @@ setup(
             "hypothesis",
             "scikit-learn",
             "warcio",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
+            "gguf",
             *S3_SERVER,
         ],
         "bench": ["accelerate"],

@@ -154,6 +154,10 @@ def _style(config: ModelConfig, of_preset: Style) -> Style:
         )
     if config.tied_output is not None and not (style.is_causal and style.rope_theta is not None):
         raise ConfigError(f"model.tied_output: the output layer of style {name} is always the embedding; leave it out")
+    if config.gelu is not None and style.model_type not in ("gpt2", "bert"):
+        raise ConfigError(f"model.gelu={config.gelu}: is for styles gpt2 and bert, found {name}; leave it out")
+    if config.gelu is not None:
+        style = replace(style, activation="gelu_tanh" if config.gelu == "tanh" else "gelu")
     names = {"rope_theta": "rope_theta", "local_window": "local_window", "tied_output": "has_tied_output"}
     given = {ours: getattr(config, name) for name, ours in names.items() if getattr(config, name) is not None}
     return replace(style, **given)

@@ -189,6 +189,8 @@ class ModelConfig(Section):
     local_window: Annotated[int, Field(ge=2)] | None = None  # gpt-neo, modernbert: tokens that a local block looks at
     rope_theta: Annotated[float, Field(gt=0)] | None = None  # base of rotary positions, where the style has them
     tied_output: bool | None = None  # llama, qwen3: the output layer is the word embedding; none: the preset's
+    gelu: Literal["tanh", "erf"] | None = None  # approximated or exact; none: as published, gpt2 tanh, bert erf
+    init_from: str | None = None  # a Hugging Face directory whose weights a new run begins with; see docs/export.md
     dropout: Rate = 0.0  # on embeddings and residuals
     attention_dropout: Rate = 0.0
     mup: MupConfig | None = None  # gpt with adamw: models of any width have the same best settings

@@ -37,7 +37,8 @@ usage: millstream VERB CONFIG [key=value ...]
   prove resume CONFIG          kills and resumes a short run and compares it with an undisturbed one (steps=8)
   prove kills CONFIG           the same with ranks killed at many random moments (kills=100 steps=40 seed=0)
   replay RUN_DIR|CONFIG STEP   runs the batch of that step again and shows where its numbers go wrong (exact=false)
-  export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, weights=ema, output=DIR)
+  export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, weights=ema, dtype=bf16, ...)
+  import SOURCE DEST           anybody's GPT or BERT -> a directory that model.init_from goes on from
   finetune CONFIG              an exported directory -> a classifier, regression, question answering, a tagger
   status RUN_DIR ...           does it run, how far is it, how did it end; of several runs a table
   logs RUN_DIR                 the first failing rank's traceback, then all ranks' logs; --rank N, --follow
@@ -121,6 +122,8 @@ def dispatch(words: list[str]) -> int:
             return submit(rest)
         case ["export", *rest] if rest:
             return run_module("pretrain.export", rest)
+        case ["import", _, _, *_]:
+            return run_module("pretrain.import_model", words[1:])
         case ["status" | "logs" | "stop" | "watch", *_]:
             return look_after(words)
         case ["config", config, *rest]:

@@ -94,7 +94,12 @@ def duration(seconds: float) -> str:
 
 
 def picture(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> str:
-    """Four small plots as a data: URI (SVG)."""
+    """Four small plots as a data: URI."""
+    return "data:image/svg+xml;base64," + base64.b64encode(curves(steps, evaluations)).decode()
+
+
+def curves(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> bytes:
+    """The four plots as SVG."""
     from matplotlib.figure import Figure  # the object interface: no window system, no global state
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
@@ -114,7 +119,7 @@ def picture(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any
     axes[1, 1].set_ylim(bottom=0)
     content = io.BytesIO()
     figure.savefig(content, format="svg")
-    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+    return content.getvalue()
 
 
 def sample_section(samples: Sequence[str]) -> str:

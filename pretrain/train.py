@@ -27,7 +27,7 @@ from data_pipeline.stream import Stream, open_stream
 from data_pipeline.tokenizer import copy_tokenizer
 from pretrain import budget, checkpoint, engine, guard, local_copies, runtime, sanity, spikes, upload
 from pretrain.checkpoint import CheckpointError
-from pretrain.load import facts, load
+from pretrain.load import begin, facts, load
 from pretrain.metrics import open_metrics
 from pretrain.models import build_model
 from pretrain.objective import count_targets, mean_losses
@@ -73,7 +73,8 @@ def train(config: PretrainConfig, ranks: Runtime) -> int:
         clock = budget.start_clock(config, began, state)
         if state.step == 0:
             metrics.log(evaluated := evaluate(config, model, validation, state.step, ranks))
-            sanity.check_first_loss(model, evaluated)
+            if config.model.init_from is None:
+                sanity.check_first_loss(model, evaluated)
             state = replace(state, eval_loss=evaluated["eval_loss"])
         while not budget.is_finished(config, state):
             share = budget.time_share(config, state)
@@ -161,7 +162,7 @@ def prepare_run_dir(config: PretrainConfig, data: Stream, ranks: Runtime) -> Pat
 
 
 def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, ranks: Runtime) -> TrainState:
-    """Fill the model from the newest valid checkpoint and return its state; a new one where there is none."""
+    """Fill the model from the newest valid checkpoint and return its state; where there is none, begin."""
     say = print if ranks.is_first else lambda text: None
     address = config.checkpoint.upload
     found = checkpoint.newest_valid(run_dir, say, ranks)
@@ -170,13 +171,13 @@ def resume(config: PretrainConfig, model: Any, data: Stream, run_dir: Path, rank
             raise ConfigError(f"train.resume=never, but {found.path} exists; choose another run_dir or resume=auto")
         if address and (names := upload.list_steps(address, ranks)):
             raise ConfigError(f"train.resume=never, but {address} has {names[-1]}; choose another one or resume=auto")
-        return TrainState()
+        return begin(config, model, data, say)
     if config.checkpoint.local_dir:
         found = local_copies.bring_newer(config.checkpoint.local_dir, run_dir, found, say, ranks)
     if found is None and address:
         found = upload.fetch_newest(address, run_dir, say, ranks)
     if found is None:
-        return TrainState()
+        return begin(config, model, data, say)
     state = load(found, config, model, data, say)
     say(f"going on from {found.path}")
     return state

@@ -25,6 +25,7 @@ ENTRY_FILES = {
     "data_pipeline.show",
     "pretrain.train",
     "pretrain.export",
+    "pretrain.import_model",
     "pretrain.probe",
     "pretrain.replay",
     "pretrain.host_checks",

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.model_sizes import BertShape
+from pretrain.kernels.activation import activated
 from pretrain.kernels.attention import sequence_blocks
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX
 from pretrain.models.layers import Bias, Block, Embedding, Linear, Visible, attention_mask, make_norm, rotations
@@ -134,4 +135,4 @@ class Bert(nn.Module):
         return self.nsp_output(torch.tanh(self.pooler(first)))
 
     def mlm_hidden(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mlm_norm(F.gelu(self.mlm_transform(x)))
+        return self.mlm_norm(activated(self.mlm_transform(x), self.shape.style.activation))

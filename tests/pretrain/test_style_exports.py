@@ -14,8 +14,9 @@ from configs.tuning import FinetuneConfig
 from data_pipeline.tokenizer import make_tokenizer, save_tokenizer
 from finetune.models import load_model
 from pretrain import checkpoint
-from pretrain.checkpoint import CheckpointError, Fragment
+from pretrain.checkpoint import Fragment
 from pretrain.export import export, generate
+from pretrain.formats.weights import FormatError
 from pretrain.models import build_model
 from pretrain.models.hf_config import hf_config
 from pretrain.saver import open_saver
@@ -85,7 +86,7 @@ def test_export_is_transformers_model_of_the_style_and_can_be_tuned(name, tmp_pa
 
 def test_export_that_differs_from_what_was_trained_is_refused(tmp_path, monkeypatch):
     wrong = {"rope_theta": 100.0, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
-    monkeypatch.setattr("pretrain.export.hf_config", lambda shape, ids: hf_config(shape, ids) | wrong)
-    with pytest.raises(CheckpointError, match="logits differ"):
+    monkeypatch.setattr("pretrain.formats.hugging_face.hf_config", lambda shape, ids: hf_config(shape, ids) | wrong)
+    with pytest.raises(FormatError, match="logits differ"):
         exported("llama", tmp_path)
     assert not (tmp_path / "export").exists()
