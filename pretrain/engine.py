@@ -34,6 +34,9 @@ warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is depreca
 # data by all-gather and reduce-scatter, which that op does not serve, so it is left out; the other stages use gloo's.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+# At stages 1 and 2 in bf16 it prints some twenty lines of memory use, whatever the logger's level.
+deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
+
 
 @dataclass(frozen=True)
 class Piece:
