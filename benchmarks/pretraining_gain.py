@@ -4,7 +4,7 @@ A small BERT is pretrained by millstream on the TEXTs (jsonl, jsonl.zst, txt). I
 quarter, a half and all of the steps, and random weights, are fine-tuned on the tasks of `benchmarks.finetune_minilm`
 that are named by --tasks. The table and --plot show each metric over the steps, with its range over the seeds. The
 checkpoints are of one run with one schedule: the earlier ones are taken while the rate is high. DIR keeps what is done
-and the same command goes on from there, so the work can be cut into pieces (`millstream stop` ends a pretraining run).
+and the same command goes on from there, so the work can be cut into pieces (Ctrl-C ends one).
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.finetune_minilm import ROOT, TASKS, prepare
+from benchmarks.finetune_minilm import ROOT, TASKS, prepare, processor_seconds
 
 PARTS = 8  # of the run; a checkpoint after each
 TUNING = {  # of so small a model: a high rate, no dropout
@@ -75,11 +74,11 @@ def pretrain(arguments: argparse.Namespace) -> None:
         f"checkpoint.keep_last={PARTS}",
     ]
     before = json.loads(spent.read_text()) if spent.exists() else 0.0
-    began = cpu_minutes()
+    began = processor_seconds()
     try:
         millstream("pretrain", *settings, *training, "--ranks", str(arguments.ranks))
     finally:
-        spent.write_text(json.dumps(before + cpu_minutes() - began))
+        spent.write_text(json.dumps(before + (processor_seconds() - began) / 60))
     done.write_text(json.dumps({"cpu_minutes": json.loads(spent.read_text())}))
 
 
@@ -101,14 +100,14 @@ def finetune(arguments: argparse.Namespace, name: str, step: int) -> list[float]
 
 def millstream(*words: str) -> None:
     environment = {"DS_ACCELERATOR": "cpu"} | os.environ
-    if code := subprocess.run([sys.executable, "-m", "launcher.cli", *words], cwd=ROOT, env=environment).returncode:
+    process = subprocess.Popen([sys.executable, "-m", "launcher.cli", *words], cwd=ROOT, env=environment)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # which it has heard too; a pretraining run saves and ends
+        process.wait()
+        raise
+    if code:
         raise SystemExit(f"exit code {code}: millstream {' '.join(words)}")
-
-
-def cpu_minutes() -> float:
-    """Processor time of all processes started so far that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (usage.ru_utime + usage.ru_stime) / 60
 
 
 def table(found: dict[str, dict[int, list[float]]], minutes: float, steps: int) -> str:
