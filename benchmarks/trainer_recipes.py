@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from transformers import (
+    AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -38,7 +39,7 @@ from transformers import (
 from configs.load import load_finetune
 from configs.tuning import FinetuneConfig
 from finetune.metrics import classification_metrics, regression_metrics
-from finetune.models import load_model
+from finetune.models import DROPOUTS
 from finetune.spans import entity_scores
 from finetune.squad import Squad, squad_scores
 from finetune.tasks import classification, qa, regression, tagging
@@ -100,6 +101,15 @@ def main() -> int:
     return 0
 
 
+def load(auto: Any, config: FinetuneConfig, **head: Any) -> Any:
+    """The model with a new head, as from_pretrained gives it, and the configuration's dropout."""
+    settings = AutoConfig.from_pretrained(config.model, **head)
+    for name in DROPOUTS:
+        if config.tuning.dropout is not None and hasattr(settings, name):
+            setattr(settings, name, config.tuning.dropout)
+    return auto.from_pretrained(config.model, config=settings)
+
+
 def texts(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Recipe:
     """run_glue.py: texts are cut at max_seq_len, also where ours takes windows."""
     is_regression = config.task == "regression"
@@ -121,7 +131,7 @@ def texts(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Recipe:
         encode(examples.train),
         encode(examples.dev),
         DataCollatorWithPadding(tokenizer),
-        lambda: load_model(AutoModelForSequenceClassification, config, tokenizer, num_labels=num_labels),
+        lambda: load(AutoModelForSequenceClassification, config, num_labels=num_labels),
         score,
     )
 
@@ -168,7 +178,7 @@ def tags(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Recipe:
         train,
         dev,
         DataCollatorForTokenClassification(tokenizer),
-        lambda: load_model(AutoModelForTokenClassification, config, tokenizer, num_labels=len(index)),
+        lambda: load(AutoModelForTokenClassification, config, num_labels=len(index)),
         score,
     )
 
@@ -193,7 +203,7 @@ def answers(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Recip
         rows(train, True),
         rows(dev, False),
         DataCollatorWithPadding(tokenizer),
-        lambda: load_model(AutoModelForQuestionAnswering, config, tokenizer),
+        lambda: load(AutoModelForQuestionAnswering, config),
         lambda logits: squad_scores(examples.dev, best_answers(examples.dev, dev, *logits)),
     )
 

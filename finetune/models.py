@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,23 @@ def load_model(auto: Any, config: FinetuneConfig, tokenizer: PreTrainedTokenizer
         if config.tuning.dropout is not None and hasattr(settings, name):
             setattr(settings, name, config.tuning.dropout)
     settings.pad_token_id = tokenizer.pad_token_id
+    how = {"dtype": torch.float32, "attn_implementation": attention(config)}
     if config.from_scratch:
-        return auto.from_config(settings, dtype=torch.float32)
+        return auto.from_config(settings, **how)
     model, info = auto.from_pretrained(
-        config.model, config=settings, output_loading_info=True, use_safetensors=True, dtype=torch.float32
+        config.model, config=settings, output_loading_info=True, use_safetensors=True, **how
     )
     body = f"{model.base_model_prefix}."
     if lost := sorted(name for name in info["missing_keys"] if name.startswith(body) and ".pooler." not in name):
         raise ConfigError(f"model={config.model}: lacks {len(lost)} weights of the model's body, such as {lost[0]}")
     return model
+
+
+def attention(config: FinetuneConfig) -> str | None:
+    """Which of transformers' kinds of attention; None: the model's default, which is torch's fused one.
+
+    Forward and backward of that one in bf16 on a CPU take two to six times as long as plain products of matrices
+    (`python -m benchmarks.attention_cpu`). These keep the scores of all pairs of tokens, hence not for long rows.
+    """
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"  # runtime.start sees to it
+    return "eager" if on_cpu and config.tuning.precision == "bf16" and config.tuning.max_seq_len <= 512 else None
