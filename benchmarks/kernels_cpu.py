@@ -19,6 +19,11 @@ from pretrain.kernels.linear_cross_entropy import linear_cross_entropy, linear_t
 
 # batch, heads, seq, head_dim, causal
 ATTENTION_SHAPES = [(32, 2, 128, 64, False), (8, 6, 512, 64, True), (8, 12, 512, 64, False), (8, 12, 1024, 64, True)]
+# batch, heads, seq, head_dim, window, causal: of ModernBERT and GPT-Neo, and as long as a document may be
+LOCAL_SHAPES = [
+    (8, 12, 512, 64, 128, False), (4, 12, 1024, 64, 128, False), (1, 12, 4096, 64, 128, False),
+    (2, 12, 2048, 64, 256, True),
+]  # fmt: skip
 LOSS_SHAPES = [(4096, 128, 4096), (4096, 384, 16_384), (2048, 768, 50_257)]  # rows, hidden_size, vocab
 
 Contestants = dict[str, Callable[[], torch.Tensor]]
@@ -33,6 +38,10 @@ def main() -> None:
     for shape in ATTENTION_SHAPES:
         inputs, contestants = attention_contestants(*shape)
         print(row("attention" + (", causal" if shape[-1] else ""), shape[:-1], inputs, contestants, rounds), flush=True)
+    for *local_shape, window, causal in LOCAL_SHAPES:
+        inputs, contestants = local_contestants(*local_shape, window, causal)
+        name = f"attention to {window} tokens" + (", causal" if causal else "")
+        print(row(name, tuple(local_shape), inputs, contestants, rounds), flush=True)
     for loss_shape in LOSS_SHAPES:
         inputs, contestants = loss_contestants(*loss_shape)
         print(row("output layer and loss", loss_shape, inputs, contestants, rounds), flush=True)
@@ -46,6 +55,18 @@ def attention_contestants(batch: int, heads: int, seq: int, head_dim: int, causa
     contestants: Contestants = {
         "torch": lambda: F.scaled_dot_product_attention(*inputs, is_causal=causal).sum(),
         "ours": lambda: attention(*inputs, causal=causal).sum(),
+    }
+    return inputs, contestants
+
+
+def local_contestants(batch: int, heads: int, seq: int, head_dim: int, window: int, causal: bool):
+    qkv = torch.randn(batch, seq, 3, heads, head_dim, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
+    inputs = [tensor.detach().requires_grad_() for tensor in qkv]
+    distance = torch.arange(seq) - torch.arange(seq)[:, None]
+    near = (distance > -window) & (distance <= 0) if causal else distance.abs() <= window // 2
+    contestants: Contestants = {
+        "torch": lambda: F.scaled_dot_product_attention(*inputs, attn_mask=near).sum(),
+        "ours": lambda: attention(*inputs, causal=causal, window=window).sum(),
     }
     return inputs, contestants
 

@@ -18,6 +18,7 @@ from launcher.plan_job import Job, attended_tokens, count_block_parameters, coun
 
 CHUNK_ELEMENTS = 1 << 23  # of logits in memory at once, as in pretrain/kernels/linear_cross_entropy.py
 BLOCK_QUERIES = 256  # of blockwise attention on CPUs, as in pretrain/kernels/attention.py
+LOCAL_QUERIES = 128  # of attention with a window, as there
 LARGE_BLOCK = 32 * 2**20  # bytes; glibc maps what is larger by itself and gives it back when it is freed
 LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: gathered weights that stay until backward
 ALLREDUCE_ELEMENTS = 500_000_000  # of the flat copies in which DeepSpeed's stages 0 and 1 sum gradients
@@ -166,7 +167,7 @@ def _attention_bytes(job: Job, on_cpu: bool, layer: int = 0) -> float:
     """Of a layer beyond queries, keys, values and result."""
     s, a, b = job.seq_len, job.shape.num_heads, job.micro_batch_size
     is_local = attended_tokens(job, layer) < s
-    near = min(s, BLOCK_QUERIES + attended_tokens(job, layer) - 1)  # keys that some query of a block looks at
+    near = min(s, LOCAL_QUERIES + attended_tokens(job, layer) - 1)  # keys that some query of a block looks at
     if not _is_blockwise(job, on_cpu):  # fused: a sum for each row and head, and the mask as numbers
         return b * s * a * 4 + b * s * (near if is_local else s) * job.element_bytes
     keys = s if job.is_bert or s <= BLOCK_QUERIES else (s + BLOCK_QUERIES) / 2  # that a block of queries looks at

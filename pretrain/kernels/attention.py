@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCK_QUERIES = 256  # 128 to 256 were equally fast, 64 and 512 slower
+LOCAL_QUERIES = 128  # of a block with a window: smaller ones look at fewer keys in vain, larger ones are fewer
 LONGEST_UNMASKED = 512  # in tokens; beyond, torch's operator is as fast without a mask
 BLOCK_SCORES = 1 << 20  # of a block of sequences; 2^19 to 2^21 were equally fast, 2^17 and no limit slower
 
@@ -69,8 +70,8 @@ def _local(
     """
     seq = q.shape[-2]
     blocks = []
-    for start in range(0, seq, BLOCK_QUERIES):
-        stop = min(seq, start + BLOCK_QUERIES)
+    for start in range(0, seq, LOCAL_QUERIES):
+        stop = min(seq, start + LOCAL_QUERIES)
         first, end = max(0, start - back), min(seq, stop + ahead)
         places = torch.arange(first, end, device=q.device)
         distance = places - torch.arange(start, stop, device=q.device)[:, None]  # (block, keys)

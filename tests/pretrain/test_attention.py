@@ -49,6 +49,53 @@ def test_output_and_gradients_are_those_of_the_formula(dtype, causal, masked, se
         torch.testing.assert_close(tensor.grad.double(), other.grad, atol=2 * tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("seq", "window", "kv_heads"), [(1, 2, 2), (7, 6, 1), (40, 9, 2), (65, 16, 4), (65, 200, 1)])
+def test_windows_and_shared_keys_are_those_of_the_formula(dtype, causal, masked, seq, window, kv_heads, monkeypatch):
+    monkeypatch.setattr(kernel, "LOCAL_QUERIES", 16)
+    torch.manual_seed(seq)
+    heads = torch.randn(2, seq, 4 + 2 * kv_heads, 8).to(dtype).transpose(1, 2)
+    ours = [t.detach().requires_grad_() for t in heads.split([4, kv_heads, kv_heads], 1)]
+    exact = [t.detach().double().requires_grad_() for t in ours]
+    mask = documents(seq, causal) if masked else None
+    distance = torch.arange(seq) - torch.arange(seq)[:, None]  # of a key from its query
+    near = (distance > -window) & (distance <= 0) if causal else distance.abs() <= window // 2
+    q, k, v = exact[0], *(t.repeat_interleave(4 // kv_heads, 1) for t in exact[1:])
+    weights = torch.randn(2, 4, seq, 8)
+    expected = reference(q, k, v, near if mask is None else near & mask, causal)
+    (expected * weights).sum().backward()
+    output = attention(*ours, mask, causal, window=window)
+    (output * weights).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
+    for tensor, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), other.grad, atol=3 * tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows_of_a_long_row_stay_inside_of_each_sequence_and_padding_is_no_nan(dtype, causal):
+    torch.manual_seed(0)
+    lengths, window = [40, 33, 3, 1, 20], 6  # one block; places of padding are far from any key
+    ours = torch.randn(sum(lengths), 3, 2, 8).to(dtype).requires_grad_()
+    exact = ours.detach().double().requires_grad_()
+    weights = torch.randn(sum(lengths), 2, 8)
+    parts = []
+    for part in exact.split(lengths):
+        distance = torch.arange(len(part)) - torch.arange(len(part))[:, None]
+        near = (distance > -window) & (distance <= 0) if causal else distance.abs() <= window // 2
+        parts.append(reference(*part.permute(1, 2, 0, 3), near, causal).transpose(0, 1))
+    (torch.cat(parts) * weights).sum().backward()
+    output = varlen_attention(ours, sequence_blocks(boundaries(lengths), 2), causal, window=window)
+    (output * weights).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(output.double(), torch.cat(parts), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, atol=2 * tolerance, rtol=tolerance)
+
+
 def test_large_scores_do_not_overflow():
     q = torch.full((1, 1, 4, 8), 100.0, dtype=torch.bfloat16)
     assert torch.isfinite(attention(q, q, q, causal=True)).all()

@@ -34,6 +34,16 @@ def test_written_out_attention_is_that_of_the_kernel(causal):
     torch.testing.assert_close(written_out_attention(q, k, v, mask, True), attention(q, k, v, mask, True))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_written_out_windows_and_shared_keys_are_those_of_the_kernel(causal):
+    torch.manual_seed(0)
+    q, (k, v) = torch.randn(2, 4, 6, 4), torch.randn(2, 2, 2, 6, 4)
+    mask = SEGMENTS[:, None, :, None] == SEGMENTS[:, None, None, :]
+    for given in (None, mask.tril() if causal else mask):
+        arguments = (q, k, v, given, causal, 0.0, 3)
+        torch.testing.assert_close(written_out_attention(*arguments), attention(*arguments))
+
+
 def test_kernels_are_written_out_inside_of_the_context_only():
     kernel = objective.linear_token_losses
     with written_out(["loss"]):
