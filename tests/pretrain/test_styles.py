@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import (
@@ -16,10 +18,14 @@ from transformers import (
 )
 
 from configs.errors import ConfigError
+from configs.load import load_pretrain
 from configs.model_sizes import BERT_SIZES, GPT_SIZES, model_shape
-from configs.schema import ModelConfig, OptimizerConfig
+from configs.schema import CheckpointConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from data_pipeline import bert_rows
+from pretrain import checkpoint
+from pretrain.checkpoint import CheckpointError, Fragment
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX
+from pretrain.load import facts
 from pretrain.models import build_model, hf
 from pretrain.models.bert import Bert
 from pretrain.models.gpt import GPT
@@ -27,6 +33,9 @@ from pretrain.models.hf_config import hf_config, shape_from_hf
 from pretrain.optim import make_optimizer
 from pretrain.optimizers.muon import direction, orthogonalize
 from pretrain.optimizers.slices import Slice
+from pretrain.saver import open_saver
+from pretrain.state import TrainState
+from tests.pretrain.test_saver import Alone
 
 SIZES = dict(vocab_size=97, max_position_embeddings=64)
 LLAMA = dict(num_hidden_layers=2, hidden_size=48, intermediate_size=56, **SIZES)
@@ -189,6 +198,38 @@ def test_muon_makes_each_matrix_of_a_fused_one_orthogonal():
     gate_up = torch.randn(128, 48)
     made = direction(gate_up, Slice("blocks.0.mlp.gate_up.weight", (128, 48), 0, (6144,)))
     torch.testing.assert_close(made, torch.cat([orthogonalize(part) * 0.2 * 64**0.5 for part in gate_up.chunk(2)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", {"rope_theta": 500.0}),
+        ("llama", {"num_heads": 2, "num_kv_heads": 1}),
+        ("gpt-neo", {"local_window": 6}),
+    ],
+)
+def test_what_the_shapes_of_weights_do_not_tell_may_not_change_within_a_run(name, change, tmp_path):
+    def facts_of(model: ModelConfig) -> dict:
+        return facts(PretrainConfig(run_dir="r", model=model), SimpleNamespace(facts=lambda batch: {"seed": 1}), 0)
+
+    changed = STYLES[name].model_copy(update=change)
+    shapes = [{n: p.shape for n, p in build_model(c, 61, 32).named_parameters()} for c in (STYLES[name], changed)]
+    assert shapes[0] == shapes[1]
+    with open_saver(tmp_path, CheckpointConfig(), Alone()) as saver:
+        fragment = Fragment("w", (2,), 0, {"master": torch.zeros(2)})
+        saver.save(TrainState(1), [fragment], facts_of(STYLES[name]))
+    found = checkpoint.newest_valid(tmp_path)
+    checkpoint.check_facts(found, facts_of(STYLES[name]))
+    with pytest.raises(CheckpointError, match="the same weights would be another model"):
+        checkpoint.check_facts(found, facts_of(changed))
+
+
+def test_pairs_of_sentences_are_refused_where_the_style_has_no_head_for_them(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("run_dir: r\nmodel: {architecture: bert, preset: modernbert-nano}\n")
+    with pytest.raises(ConfigError, match=r"set data\.masking\.pairs=none"):
+        load_pretrain(file)
+    assert load_pretrain(file, ["data.masking.pairs=none"]).model.preset == "modernbert-nano"
 
 
 @pytest.mark.parametrize(
