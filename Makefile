@@ -39,7 +39,7 @@ venv: .venv/done
 	$(BIN)/pip install -q -c constraints.txt pip setuptools wheel ninja packaging py-cpuinfo
 	$(BIN)/pip install -q -c constraints.txt $(TORCH_PIP_ARGS) torch==2.13.0
 	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed==0.19.8
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,bench,s3,datatrove]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,bench,s3,datatrove,harness]'
 	touch $@
 
 clean:

@@ -87,5 +87,6 @@ setup(
             *S3_SERVER,
         ],
         "bench": ["accelerate"],
+        "harness": ["lm-eval"],
     },
 )

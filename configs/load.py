@@ -59,6 +59,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Loaded:
     faults: list[str] = []
     origins: dict[str, str] = {}
     values = _read(path, overrides, origins, faults)
+    if "tasks" in values:
+        raise ConfigError(
+            f"{path}: has the key `tasks`, so it describes an evaluation; use `millstream evaluate {path}`"
+        )
     schema: type[PretrainConfig | FinetuneConfig] = FinetuneConfig if "task" in values else PretrainConfig
     return Loaded(check(schema, values, str(path), origins, faults), origins)
 

@@ -77,3 +77,12 @@ def attention(config: FinetuneConfig) -> str | None:
     """
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"  # runtime.start sees to it
     return "eager" if on_cpu and config.tuning.precision == "bf16" and config.tuning.max_seq_len <= 512 else None
+
+
+def check_causal(model: str) -> int | None:
+    """The model's number of positions, if it says so. Raises ConfigError unless it predicts the next token."""
+    settings = AutoConfig.from_pretrained(model)
+    names = settings.architectures or []
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        raise ConfigError(f"model={model}: is {', '.join(names) or 'nameless'}; expected a causal model, such as a GPT")
+    return getattr(settings, "max_position_embeddings", None)

@@ -21,10 +21,22 @@ Texts = tuple[str, ...]  # one text, or two
 def read_rows(
     path: Path, text_keys: list[str], label_key: str, columns: list[str] | None = None
 ) -> list[tuple[Texts, str, str]]:
-    """(texts, label, file:line) of every example of a .jsonl(.gz|.zst), .tsv or .csv file.
+    """(texts, label, file:line) of every example of a file of `read_records`. Raises DataError for a missing column."""
+    rows = []
+    for record, place in read_records(path, columns):
+        for key in [*text_keys, label_key]:
+            if record.get(key) is None:
+                found = ", ".join(str(name) for name in record)
+                raise DataError(f"{place}: has no `{key}` (found: {found}); set text_keys and label_key")
+        rows.append((tuple(str(record[key]) for key in text_keys), str(record[label_key]), place))
+    return rows
+
+
+def read_records(path: Path, columns: list[str] | None = None) -> list[tuple[dict[str, Any], str]]:
+    """(record, file:line) of every line of a .jsonl(.gz|.zst), .tsv or .csv file.
 
     A .tsv or .csv starts with the names of its columns, unless these are given as `columns`. Raises DataError for a
-    missing file or column, a broken line or an empty file.
+    missing file, a broken line or an empty file.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -47,14 +59,7 @@ def read_rows(
         raise DataError(f"{path}: unknown kind of file; known: .jsonl, .jsonl.gz, .jsonl.zst, .tsv, .csv")
     if not records:
         raise DataError(f"{path}: holds no examples")
-    rows = []
-    for record, place in records:
-        for key in [*text_keys, label_key]:
-            if record.get(key) is None:
-                found = ", ".join(str(name) for name in record)
-                raise DataError(f"{place}: has no `{key}` (found: {found}); set text_keys and label_key")
-        rows.append((tuple(str(record[key]) for key in text_keys), str(record[label_key]), place))
-    return rows
+    return records
 
 
 def encode_texts(

@@ -45,6 +45,8 @@ usage: millstream VERB CONFIG [key=value ...]
   watch RUN_DIR ...            a live page of one run or several overlaid, at http://127.0.0.1:8642 (--host, --port);
                                --terminal: in the terminal; /metrics: for Prometheus
   stop RUN_DIR                 finish the step, save, end, under any launcher; --now: at once
+  evaluate CONFIG              a GPT without training, zero-, one-, few-shot: choices, cloze, perplexity
+  lm-eval MODEL --tasks NAMES  the same by EleutherAI's harness, on an exported directory; its own options may follow
   doctor [FOLDER]              checks this machine for a run; --hosts FILE: those of a hostfile, --slurm [srun options]:
                                nodes of SLURM, with the links between them and FOLDER, which they should share
   config CONFIG [key ...]      effective values and where each comes from; --deepspeed: the generated JSON
@@ -110,6 +112,12 @@ def dispatch(words: list[str]) -> int:
             from launcher.replay import replay
 
             return replay(place, step, rest, num_ranks)
+        case ["evaluate", *rest] if rest:
+            return become_module("finetune.evaluation", rest)
+        case ["lm-eval", model, *rest] if rest:
+            from launcher.harness import harness_words
+
+            return become_module("lm_eval", harness_words(model, rest))
         case ["doctor", *rest]:
             from launcher.doctor import doctor
 

@@ -32,6 +32,7 @@ ENTRY_FILES = {
     "finetune.run",
     "launcher.cli",
     "launcher.demo",
+    "finetune.evaluation",
 }
 PURE = {
     "data_pipeline.order",

@@ -12,7 +12,8 @@ from tests.conftest import ROOT
 
 MIXTURE = "data.mixture={a: {dir: a, weight: 1}, b: {dir: b, weight: 2}}"
 STAGE = "{{from_step: {}, ramp_steps: {}, weights: {{a: 1, b: 1}}}}"
-SHIPPED = sorted(set((ROOT / "configs").rglob("*.yaml")) - set((ROOT / "configs/cluster").iterdir()))
+OF_OTHER_KINDS = set((ROOT / "configs/cluster").iterdir()) | set((ROOT / "configs/in_context").iterdir())
+SHIPPED = sorted(set((ROOT / "configs").rglob("*.yaml")) - OF_OTHER_KINDS)
 
 
 @pytest.fixture
