@@ -2,6 +2,8 @@
 # make test   linters, types and the whole test suite, with real 2-process ZeRO-3 runs
 # make quick  the part of the tests that takes three minutes
 # make venv   only the environment
+# make sbom   the bill of materials of the environment, sbom.json (CycloneDX)
+# make audit  asks a database of known vulnerabilities about every pinned package; needs the network
 
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -11,7 +13,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 TORCH_PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test quick lint venv clean
+.PHONY: demo test quick lint venv sbom audit clean
 
 demo: venv
 	$(BIN)/python -m launcher.demo $(TEXT)
@@ -30,6 +32,18 @@ lint: venv
 
 venv: .venv/done
 
+# In an environment of their own: what looks at the packages must not be one of them.
+.audit/done:
+	$(PYTHON) -m venv .audit
+	.audit/bin/pip install -q cyclonedx-bom pip-audit
+	touch $@
+
+sbom: venv .audit/done
+	.audit/bin/cyclonedx-py environment .venv --output-reproducible -o sbom.json
+
+audit: .audit/done
+	.audit/bin/pip-audit --no-deps -r constraints.txt
+
 # torch first, exactly pinned: anything that merely asks for torch would pull a CUDA build of gigabytes. Then deepspeed
 # without its ahead-of-time kernels: its setup needs the installed torch, so without build isolation.
 .venv/done: setup.py constraints.txt
@@ -43,4 +57,4 @@ venv: .venv/done
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .audit sbom.json build *.egg-info .mypy_cache .ruff_cache .pytest_cache

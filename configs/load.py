@@ -167,6 +167,8 @@ def _read_yaml(path: Path, origins: dict[str, str], faults: list[str]) -> dict[s
         values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is no configuration: values lie within each other too deeply") from None
     if values is None:
         return {}
     if not isinstance(root, yaml.MappingNode) or not isinstance(values, dict):

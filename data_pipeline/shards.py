@@ -31,6 +31,7 @@ import xxhash
 
 from configs.schema import CacheConfig
 from data_pipeline.errors import DataError
+from data_pipeline.manifest_check import LARGEST_UINT16_VOCABULARY, manifest_fault
 from data_pipeline.mapped_shard import BLOCK_BYTES, TOKEN_SHIFT, MappedShard
 from data_pipeline.remote_sources import SCHEMES, is_remote
 from data_pipeline.store import (
@@ -45,7 +46,6 @@ from data_pipeline.store import (
 )
 
 FORMAT = 2
-LARGEST_UINT16_VOCABULARY = 65_536
 WRITE_TOKENS = 1 << 20  # converted and written at once
 SLOW_SECONDS = 5e-4  # a row that takes longer came from a disk; in memory it is 10 us, with its checksum
 OTHER_OPEN_FILES = 1000  # that a process may want beside the shards
@@ -290,17 +290,16 @@ def parse_manifest(content: bytes, place: str) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
         found = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{place}: is damaged ({error}); {COPY_AGAIN}") from error
     if found != FORMAT:
         raise DataError(f"{place}: is of format {found}, this version reads {FORMAT}; build the dataset again")
     text = content[: content.rfind(b",")]
     if content != text + _last_lines(text):
         raise DataError(f"{place}: was changed after the build (its checksum does not fit); {COPY_AGAIN}")
-    for entry in manifest["shards"] + manifest["files"]:
-        if "/" in entry["file"] or entry["file"] in ("", ".", ".."):
-            raise DataError(f"{place}: names {entry['file']}, which is outside of the directory; {COPY_AGAIN}")
-    return manifest
+    if fault := manifest_fault(manifest):
+        raise DataError(f"{place}: {fault}; {COPY_AGAIN}")
+    return dict(manifest)
 
 
 def open_dataset(directory: str | Path, cache: CacheConfig | None = None) -> Dataset:

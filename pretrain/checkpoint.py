@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from configs.schema import CheckpointConfig
+from pretrain.checkpoint_check import manifest_fault
 from pretrain.runtime import Runtime
 from pretrain.state import TrainState
 
@@ -128,12 +129,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def parse_manifest(content: bytes, place: str) -> dict[str, Any]:
     """The manifest with this `content`, of the checkpoint at `place`; raises as `_read_manifest` does."""
-    manifest: dict[str, Any] = json.loads(content)
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{place}: format {manifest['format']} is not the {FORMAT} this version reads")
     text = content[: content.rfind(b",")]
     if content != text + _last_line(text):
         raise CheckpointError(f"{place}: manifest.json is damaged or was edited (its checksum does not fit)")
+    if fault := manifest_fault(manifest):
+        raise CheckpointError(f"{place}: manifest.json: {fault}")
     return manifest
 
 
@@ -188,7 +194,10 @@ def _described(shape: tuple[int, ...] | None) -> str:
 
 def reader(checkpoint: Checkpoint) -> Callable[[str, str, int, int], torch.Tensor]:
     """A function (parameter, "master" or a state's key, start, length) -> flat fp32 tensor, from the pieces on disk."""
-    files = {name: safe_open(checkpoint.path / name, framework="pt") for name in file_names(checkpoint)}
+    try:
+        files = {name: safe_open(checkpoint.path / name, framework="pt") for name in file_names(checkpoint)}
+    except SafetensorError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
 
     def read(parameter: str, key: str, start: int, length: int) -> torch.Tensor:
         if parameter not in checkpoint.pieces:
@@ -205,8 +214,21 @@ def reader(checkpoint: Checkpoint) -> Callable[[str, str, int, int], torch.Tenso
                         f"{checkpoint.path}: has no `{key}` of parameter `{parameter}`, which the optimizer keeps: "
                         f"train.optimizer is not what it was written with. Restore it, or start a new run_dir"
                     )
-                whole = files[piece["file"]].get_slice(f"{key}/{parameter}")
+                try:
+                    whole = files[piece["file"]].get_slice(f"{key}/{parameter}")
+                except SafetensorError as error:
+                    raise CheckpointError(f"{checkpoint.path / piece['file']}: {error}") from error
+                if whole.get_shape() != [piece["length"]]:
+                    found = f"{key}/{parameter} of shape {whole.get_shape()}"
+                    raise CheckpointError(
+                        f"{checkpoint.path / piece['file']}: has {found}, the manifest says {piece['length']} elements"
+                    )
                 parts.append(whole[low - piece["start"] : high - piece["start"]])
+        if sum(map(len, parts)) != length:
+            raise CheckpointError(
+                f"{checkpoint.path}: the pieces of parameter `{parameter}` do not make up its elements from {start} to "
+                f"{start + length - 1}"
+            )
         return torch.cat(parts) if parts else torch.empty(0)
 
     return read
@@ -217,7 +239,7 @@ def weights(checkpoint: Checkpoint, key: str = "master") -> Callable[[str], torc
     read = reader(checkpoint)
 
     def weight(parameter: str) -> torch.Tensor:
-        shape = checkpoint.shapes[parameter]
+        shape = checkpoint.shapes.get(parameter, ())  # `read` says so if it has none
         return read(parameter, key, 0, torch.Size(shape).numel()).view(shape)
 
     return weight

@@ -273,7 +273,7 @@ def test_file_outside_of_the_directory_is_not_opened(directory, name):
     entries = read_manifest(directory)["shards"]
     entries[0]["file"] = name
     write_manifest(directory, entries, 1000, "tokenizer", "built from")
-    assert f"names {name}, which is outside of the directory" in error_of(directory)
+    assert f"shards.0.file={name!r}: is outside of the directory" in error_of(directory)
 
 
 def test_fingerprint_follows_content_and_not_place(directory, tmp_path):
