@@ -23,10 +23,11 @@ from transformers.utils import logging
 from configs.load import ConfigError, load_pretrain
 from configs.model_sizes import model_shape
 from configs.schema import PretrainConfig
-from data_pipeline.tokenizer import copy_tokenizer, load_tokenizer
+from data_pipeline.shards import DataError
+from data_pipeline.tokenizer import copy_tokenizer, load_tokenizer, save_tokenizer
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoint, CheckpointError
-from pretrain.formats import parity
+from pretrain.formats import hugging_face, parity
 from pretrain.formats.weights import DTYPES, Weights
 from pretrain.formats.write import FORMATS, SHARD_BYTES, Form, write
 from pretrain.model_card import write_card
@@ -41,7 +42,7 @@ CHOICES = {
 }  # the first is the default
 HF = Form()
 USAGE = (
-    "usage: millstream export RUN_DIR [format=hf|tensorflow|onnx|gguf] [step=N] [weights=last|ema] "
+    "usage: millstream export RUN_DIR|MODEL_DIR [format=hf|tensorflow|onnx|gguf] [step=N] [weights=last|ema] "
     "[dtype=fp32|bf16|fp16] [shard_size=5GB] [int8=true] [output=DIR]"
 )
 GENERATE_TOKENS = 120
@@ -50,7 +51,7 @@ GENERATE_TOKENS = 120
 def main() -> int:
     try:
         return run(sys.argv[1:])
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, DataError) as error:
         print(error, file=sys.stderr)
         return 2
 
@@ -59,14 +60,16 @@ def run(words: list[str]) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     run_dir, options = parse(words)
-    config = load_pretrain(run_dir / "config.yaml")
-    found = choose_checkpoint(run_dir, options.get("step"))
     form = Form(
         options.get("format", "hf"),
         options.get("dtype", "fp32"),
         size_in_bytes(options["shard_size"]) if "shard_size" in options else SHARD_BYTES,
         options.get("int8") == "true",
     )
+    if not (run_dir / "config.yaml").is_file():
+        return convert(run_dir, options, form)
+    config = load_pretrain(run_dir / "config.yaml")
+    found = choose_checkpoint(run_dir, options.get("step"))
     output = Path(options.get("output", run_dir / ("export" if form.format == "hf" else f"export-{form.format}")))
     which = options.get("weights", "last")
     if which == "ema" and config.train.optimizer.ema_decay is None:
@@ -93,9 +96,27 @@ def parse(words: list[str]) -> tuple[Path, dict[str, str]]:
         if options.get(key, choices[0]) not in choices:
             raise ConfigError(f"{key}={options[key]}: expected {' or '.join(choices)}; {USAGE}")
     run_dir = Path(words[0])
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir}: is not a run directory (no config.yaml)")
+    if not any((run_dir / file).is_file() for file in ("config.yaml", "config.json")):
+        raise ConfigError(f"{run_dir}: is not a run directory (no config.yaml), nor a Hugging Face directory")
     return run_dir, options
+
+
+def convert(directory: Path, options: dict[str, str], form: Form) -> int:
+    """Write a Hugging Face directory, as `millstream import` makes one, in another form."""
+    if "output" not in options or {"step", "weights"} & options.keys():
+        raise ConfigError(f"{directory}: is no run but a model; give output=DIR, and neither step nor weights")
+    output = Path(options["output"])
+    if output.exists() and not (output / "parity.json").is_file():
+        raise ConfigError(f"{output}: exists and is no export; choose another directory")
+    model, tokenizer = hugging_face.read(directory), load_tokenizer(directory)
+    aside = output.with_name(f".writing-{output.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_tokenizer(tokenizer, aside, model.shape.max_seq_len)
+    said = write(model, tokenizer, aside, form, model.shape.max_seq_len, directory.resolve().name)
+    parity.finish(aside, output, said)
+    print(f"exported {directory} to {output} (largest logit difference {said['max_abs_logit_difference']:.1e})")
+    return 0
 
 
 def size_in_bytes(text: str) -> int:

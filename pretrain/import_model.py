@@ -22,7 +22,7 @@ from transformers.utils import logging
 from configs.load import ConfigError
 from data_pipeline.shards import DataError
 from data_pipeline.tokenizer import load_tokenizer, num_ids, save_tokenizer
-from pretrain.formats import deepspeed_files, google_bert, hugging_face, nanogpt, parity
+from pretrain.formats import deepspeed_files, gguf_file, google_bert, hugging_face, nanogpt, parity
 from pretrain.formats.weights import FormatError, Weights, model_section
 
 USAGE = "usage: millstream import SOURCE DEST [tokenizer=DIR] [gelu=erf|tanh]"
@@ -64,18 +64,22 @@ def read(source: Path, gelu: str | None) -> Weights:
         return hugging_face.read(source)
     if (prefix := google_bert.find(source)) is not None:
         return google_bert.read(prefix, gelu or "erf")
+    if source.suffix == ".gguf" and source.is_file():
+        return gguf_file.read(source)
     deepspeed_files.refuse(source)
     file = source / "ckpt.pt" if source.is_dir() else source
     if file.suffix == ".pt" and file.is_file():
         return nanogpt.read(file, gelu or "erf")
     raise FormatError(
         f"{source}: is no model that is known; expected a directory with config.json and weights, Google's BERT "
-        f"(bert_model.ckpt.index) or nanoGPT's ckpt.pt"
+        f"(bert_model.ckpt.index), nanoGPT's ckpt.pt or a .gguf file"
     )
 
 
 def find_tokenizer(source: Path, given: str | None, model: Weights) -> Tokenizer | None:
     """That of `given`, else that beside the model, else None. Raises ConfigError for one with more ids than rows."""
+    if source.suffix == ".gguf" and given is None:
+        return gguf_file.read_tokenizer(source)
     folder = Path(given) if given else source if source.is_dir() else source.parent
     try:
         tokenizer = load_tokenizer(folder)

@@ -25,13 +25,13 @@ from data_pipeline.stream import Batch, Stream, open_stream
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain import batch_dump, checkpoint, engine, runtime
 from pretrain.checkpoint import CheckpointError
-from pretrain.load import load
+from pretrain.load import begin, load
 from pretrain.metrics import read_metrics
 from pretrain.models import build_model
 from pretrain.not_finite import count_not_finite, watch
 from pretrain.objective import count_targets, global_mean
 from pretrain.runtime import Runtime
-from pretrain.state import TrainState, batch_number
+from pretrain.state import batch_number
 from pretrain.step import add_up_gradient, train_step
 
 NUM_SAMPLES, NUM_TEXTS, NUM_GRADIENTS = 16, 5, 12  # shown; the JSON file has all
@@ -107,9 +107,9 @@ def fill(
     run_dir = Path(config.run_dir)
     say = print if ranks.is_first else lambda text: None
     found = checkpoint.newest_valid(run_dir, say, ranks, last=step)
-    state = load(found, config, model, data, say) if found else TrainState()
+    state = load(found, config, model, data, say) if found else begin(config, model, data, say)
     reached, batch = state.step, batch_number(step, state.passed_over)
-    origin = str(found.path) if found else "drawn anew, as at the start of the run"
+    origin = str(found.path) if found else f"{config.model.init_from or 'drawn anew'}, as at the start of the run"
     if reached == step or not is_exact:
         return batch, origin if reached == step else f"{origin}, {step - reached} steps earlier"
     say(f"making {step - reached} steps again, from step {reached}")

@@ -16,7 +16,7 @@ import torch
 from configs.model_sizes import Shape
 from pretrain.formats import tensor_bundle
 from pretrain.formats.hugging_face import check_shape, read_json
-from pretrain.formats.weights import FormatError, Weights, empty_model
+from pretrain.formats.weights import FormatError, Weights, check_sizes, empty_model
 from pretrain.models import hf
 from pretrain.models.hf_config import hf_config, shape_from_hf
 
@@ -53,9 +53,10 @@ def read(prefix: Path, gelu: str = "erf") -> Weights:
         shape = shape_from_hf(settings | {"model_type": "bert", "hidden_act": GELUS[gelu]})
         if settings.get("hidden_act", "gelu") != "gelu":
             raise ValueError(f"hidden_act={settings['hidden_act']}: expected gelu")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise FormatError(f"{file}: {reason}; such a model cannot be continued here") from error
+    check_sizes(file, shape)
     entries = tensor_bundle.open_bundle(prefix)
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in empty_model(shape).named_parameters()}

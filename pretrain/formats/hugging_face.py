@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer
 from configs.errors import ConfigError
 from data_pipeline.tokenizer import end_of_text_id, is_bert
 from pretrain.formats import parity
-from pretrain.formats.weights import FormatError, Weights, empty_model, inside
+from pretrain.formats.weights import FormatError, Weights, check_sizes, empty_model, inside
 from pretrain.models import hf
 from pretrain.models.hf_config import hf_config, shape_from_hf
 
@@ -52,9 +53,10 @@ def read(directory: Path) -> Weights:
     settings = read_json(directory / "config.json")
     try:
         shape = shape_from_hf(settings)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise FormatError(f"{directory / 'config.json'}: {reason}; such a model cannot be continued here") from error
+    check_sizes(directory / "config.json", shape)
     tensors = {plain_name(shape_name, settings): get for shape_name, get in open_tensors(directory).items()}
     if shape.style.has_tied_output:
         check_tied(directory, tensors, hf.hf_names(shape, "word_embeddings.weight")[0])
@@ -101,6 +103,8 @@ def plain_name(name: str, settings: dict[str, Any]) -> str:
     """A tensor's name as in a directory of all heads: OpenAI's GPT-2 has no prefix, BERT of 2018 gamma and beta."""
     if settings["model_type"] == "gpt2":
         return f"transformer.{name}" if name.startswith(("wte.", "wpe.", "h.", "ln_f.")) else name
+    if settings["model_type"] != "bert":
+        return name
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
@@ -297,10 +301,29 @@ def compare_with_source(
     """
     from transformers import AutoModel
 
-    if not fresh:
-        return parity.compare(our_logits(ours, ids), logits(directory, ids))
-    if not any(name.startswith("mlm_") for name in fresh):  # BertForMaskedLM: no pooler, no next sentence
-        return parity.compare(our_logits(ours, ids)[:1], logits(directory, ids)[:1])
-    body = AutoModel.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
-    hidden = ours.encode(ids, None, None, None)  # type: ignore[operator]
-    return parity.compare([hidden], [body(ids).last_hidden_state])
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # transformers gets what was read here, and nothing else that lies there
+        alone = Path(folder)
+        settings = read_json(directory / "config.json")
+        settings.pop("auto_map", None)
+        (alone / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        for file in weight_files(directory):
+            (alone / file.name).symlink_to(file.resolve())
+        if not fresh:
+            return parity.compare(our_logits(ours, ids), logits(alone, ids))
+        if not any(name.startswith("mlm_") for name in fresh):  # BertForMaskedLM: no pooler, no next sentence
+            return parity.compare(our_logits(ours, ids)[:1], logits(alone, ids)[:1])
+        body = AutoModel.from_pretrained(alone, dtype=torch.float32, trust_remote_code=False).eval()
+        hidden = ours.encode(ids, None, None, None)  # type: ignore[operator]
+        return parity.compare([hidden], [body(ids).last_hidden_state])
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that `open_tensors` reads."""
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    if index.is_file():
+        return [index, *sorted({directory / name for name in read_json(index)["weight_map"].values()})]
+    return [directory / "pytorch_model.bin"]

@@ -15,7 +15,7 @@ import torch
 from configs.model_sizes import GPTShape
 from configs.model_styles import GPT_STYLES
 from pretrain.formats.hugging_face import check_shape, read_torch_file
-from pretrain.formats.weights import FormatError, Weights, empty_model
+from pretrain.formats.weights import FormatError, Weights, check_sizes, empty_model
 from pretrain.models import hf
 
 COMPILED = "_orig_mod."  # what torch.compile puts before every name
@@ -56,9 +56,10 @@ def read(file: Path, gelu: str = "erf") -> Weights:
 
 def read_shape(file: Path, sizes: dict[str, Any], gelu: str) -> GPTShape:
     names = ("n_layer", "n_embd", "n_head", "block_size", "vocab_size")
-    values = [sizes.get(name) for name in names]
-    if not all(isinstance(value, int) and value > 0 for value in values) or values[1] % values[2]:  # type: ignore[operator]
-        raise FormatError(f"{file}: model_args has {dict(zip(names, values, strict=True))}, expected sizes of a GPT")
-    num_layers, hidden_size, num_heads, max_seq_len, vocab_size = (int(str(value)) for value in values)
+    if lost := [name for name in names if type(sizes.get(name)) is not int]:
+        raise FormatError(f"{file}: model_args has {lost[0]}={sizes.get(lost[0])!r}, expected a whole number")
+    num_layers, hidden_size, num_heads, max_seq_len, vocab_size = (sizes[name] for name in names)
     style = replace(GPT_STYLES["gpt2"], activation="gelu" if gelu == "erf" else "gelu_tanh")
-    return GPTShape(num_layers, hidden_size, num_heads, max_seq_len, vocab_size, style=style)
+    shape = GPTShape(num_layers, hidden_size, num_heads, max_seq_len, vocab_size, style=style)
+    check_sizes(file, shape)
+    return shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,11 @@ from configs.model_sizes import BertShape, GPTShape, style_name
 from pretrain.models import bert, gpt
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+LARGEST = {
+    "num_layers": 10_000, "hidden_size": 1 << 20, "num_heads": 1 << 16, "num_kv_heads": 1 << 16,
+    "intermediate_size": 1 << 24, "max_seq_len": 1 << 24, "vocab_size": 1 << 24,
+}  # fmt: skip
 
 
 class FormatError(ConfigError):
@@ -82,6 +88,25 @@ def model_section(shape: GPTShape | BertShape) -> dict[str, object]:
         if style.is_causal:
             section |= {"num_kv_heads": shape.kv_heads, "tied_output": style.has_tied_output}
     return section
+
+
+def check_sizes(file: Path, shape: GPTShape | BertShape) -> None:
+    """Raise FormatError for sizes that no model has, whatever a file says: they come from strangers."""
+    may_lack = ("num_kv_heads", "intermediate_size")  # which then follow from the others
+    for name, largest in LARGEST.items():
+        value = getattr(shape, name)
+        if not (type(value) is int and 1 <= value <= largest) and not (value is None and name in may_lack):
+            raise FormatError(f"{file}: {name} is {value!r}, expected a whole number from 1 to {largest:,}")
+    style = shape.style
+    numbers = {name: getattr(style, name) for name in ("norm_eps", "rope_theta", "local_rope_theta", "local_window")}
+    for name, value in (numbers | {"initializer_range": getattr(shape, "init_std", None)}).items():
+        if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
+            raise FormatError(f"{file}: {name} is {value!r}, expected a number above 0")
+    if shape.hidden_size % shape.num_heads or shape.num_heads % shape.kv_heads:
+        raise FormatError(
+            f"{file}: {shape.num_heads} heads, {shape.kv_heads} of keys and values, do not divide width "
+            f"{shape.hidden_size}; get the model again"
+        )
 
 
 def inside(directory: Path, name: object, listed_in: Path) -> Path:

@@ -6,13 +6,13 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from configs.errors import ConfigError
-from configs.model_sizes import BertShape, GPTShape, style_name
+from configs.model_sizes import BertShape, style_name
 from pretrain.formats import gguf_file, google_bert, hugging_face, onnx_model, parity
 from pretrain.formats.weights import DTYPES, FormatError, Weights
 from pretrain.models import gpt
@@ -116,7 +116,7 @@ def write_gguf(task: Task) -> Written:
         if file.name != gguf_file.FILE:
             file.unlink()
     file = task.directory / gguf_file.FILE
-    theirs = hugging_face.our_logits(gguf_file.read(file, cast(GPTShape, task.model.shape)).model(), task.ids)
+    theirs = hugging_face.our_logits(gguf_file.read(file).model(), task.ids)
     if importlib.util.find_spec("llama_cpp") is None:
         return theirs, {"read_back_by": "gguf"}
     compared = parity.compare(theirs, [gguf_file.llama_logits(file, task.ids)], LLAMA_TOLERANCE)

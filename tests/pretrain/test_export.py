@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForPreTrainin
 
 from configs.load import ConfigError
 from pretrain import checkpoint, export
-from pretrain.formats import hugging_face
+from pretrain.formats import google_bert, hugging_face
 from tests.pretrain.travelling import ids, make_run
 
 
@@ -130,3 +130,17 @@ def test_card_says_what_is_known_and_what_is_not(tmp_path):
     ):  # fmt: skip
         assert said in card, said
     assert "/secret" not in card and (folder / "export/training_curve.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_a_model_directory_is_written_in_another_form(tmp_path):
+    trained = make_run(tmp_path / "mine", "bert")
+    assert export.run([str(tmp_path / "mine")]) == 0
+    model = tmp_path / "mine/export"
+    with pytest.raises(ConfigError, match="is no run but a model; give output=DIR"):
+        export.run([str(model), "format=tensorflow"])
+    assert export.run([str(model), "format=tensorflow", f"output={tmp_path / 'google'}"]) == 0
+    back = google_bert.read(tmp_path / "google/bert_model.ckpt")
+    assert all(torch.equal(back.weight(name), p) for name, p in trained.named_parameters())
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match="other: exists and is no export"):
+        export.run([str(model), f"output={tmp_path / 'other'}"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -196,6 +197,25 @@ def test_damaged_and_incomplete_directories_are_named(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(FormatError, match=r"config\.json: holds list, expected a JSON object"):
         hugging_face.read(tmp_path)
+
+
+def test_whatever_a_config_says_nothing_but_a_format_error_is_raised(tmp_path):
+    """Values of config.json replaced by others of any kind: the model reads, or a FormatError names the file."""
+    rng, refused = random.Random(0), 0
+    junk = [None, -1, 0, 7, 10**12, 0.5, "two", [], [3], {}, {"rope_type": 5}, True, "gelu", "é" * 50]
+    for make in (gpt2, bert):
+        folder = tmp_path / make.__name__
+        make(folder)
+        settings = json.loads((folder / "config.json").read_text())
+        for key in settings:
+            changed = settings | {key: rng.choice(junk), rng.choice(list(settings)): rng.choice(junk)}
+            changed.pop(rng.choice(list(settings)), None)
+            (folder / "config.json").write_text(json.dumps(changed))
+            try:
+                hugging_face.read(folder)
+            except FormatError as error:
+                refused += str(folder) in str(error)
+    assert refused > 20
 
 
 def test_an_output_layer_of_its_own_is_not_lost_silently(tmp_path):
