@@ -92,7 +92,7 @@ def read(directory: Path) -> Weights:
 def read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{file}: cannot be read ({error}); expected a JSON object, get the model again") from error
     if not isinstance(found, dict):
         raise FormatError(f"{file}: holds {type(found).__name__}, expected a JSON object; get the model again")
@@ -118,7 +118,8 @@ def open_tensors(directory: Path) -> Tensors:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise FormatError(f"{index}: has no weight_map, which says where tensors are; get the model again")
-        files = {name: open_safetensors(inside(directory, name, index)) for name in sorted(set(weight_map.values()))}
+        found = {name: inside(directory, file, index) for name, file in weight_map.items()}
+        files = {file.name: open_safetensors(file) for file in sorted(set(found.values()))}
         lost = [(name, file) for name, file in weight_map.items() if name not in files[file]]
         if lost:
             raise FormatError(f"{directory / lost[0][1]}: has no tensor {lost[0][0]}, {index} says so; get both again")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -27,10 +29,13 @@ from transformers import (
 
 from configs.load import ConfigError, load_pretrain
 from configs.model_sizes import model_shape
-from pretrain import import_model
+from pretrain import checkpoint, import_model, load
 from pretrain.formats import hugging_face
 from pretrain.formats.weights import FormatError, model_section
+from tests.fuzz import broken_bytes, broken_values
+from tests.launcher.small_run import make_config
 from tests.pretrain.travelling import SEQ_LEN, bert, gpt2, ids, make_run, make_tokenizer_directory, shake
+from tests.ranks import run_ranks
 
 
 def write_and_load(model: torch.nn.Module, folder: Path, auto: type = AutoModelForPreTraining) -> torch.nn.Module:
@@ -199,23 +204,24 @@ def test_damaged_and_incomplete_directories_are_named(tmp_path):
         hugging_face.read(tmp_path)
 
 
-def test_whatever_a_config_says_nothing_but_a_format_error_is_raised(tmp_path):
-    """Values of config.json replaced by others of any kind: the model reads, or a FormatError names the file."""
-    rng, refused = random.Random(0), 0
-    junk = [None, -1, 0, 7, 10**12, 0.5, "two", [], [3], {}, {"rope_type": 5}, True, "gelu", "é" * 50]
+def test_whatever_a_config_or_an_index_says_nothing_but_a_format_error_is_raised(tmp_path):
+    """Bytes and values of the JSON files replaced: the model reads, or a FormatError names the directory."""
+    refused = 0
     for make in (gpt2, bert):
         folder = tmp_path / make.__name__
-        make(folder)
-        settings = json.loads((folder / "config.json").read_text())
-        for key in settings:
-            changed = settings | {key: rng.choice(junk), rng.choice(list(settings)): rng.choice(junk)}
-            changed.pop(rng.choice(list(settings)), None)
-            (folder / "config.json").write_text(json.dumps(changed))
-            try:
-                hugging_face.read(folder)
-            except FormatError as error:
-                refused += str(folder) in str(error)
-    assert refused > 20
+        make(folder).save_pretrained(folder, max_shard_size="40KB")
+        (folder / "model.safetensors").unlink()
+        for file in (folder / "config.json", folder / "model.safetensors.index.json"):
+            sound = file.read_bytes()
+            variants = [json.dumps(value).encode() for value in broken_values(json.loads(sound), 60)]
+            for content in [*variants, *broken_bytes(sound, 60)]:
+                file.write_bytes(content)
+                try:
+                    hugging_face.read(folder)
+                except FormatError as error:
+                    refused += str(folder) in str(error)
+            file.write_bytes(sound)
+    assert refused > 200
 
 
 def test_an_output_layer_of_its_own_is_not_lost_silently(tmp_path):
@@ -250,3 +256,39 @@ def test_a_directory_that_is_no_imported_model_is_not_replaced(tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(ConfigError, match="mine: exists and is no imported model"):
         import_model.run([str(tmp_path / "source"), str(tmp_path / "mine")])
+
+
+@pytest.mark.distributed
+def test_a_run_on_two_ranks_begins_with_the_weights_of_the_imported_model(tmp_path):
+    config = make_config(tmp_path)
+    gpt2(tmp_path / "source", vocab_size=310, activation_function="gelu", n_positions=40)
+    shutil.copy(tmp_path / "data/train/tokenizer.json", tmp_path / "source")  # 10 rows have no token
+    import_model.run([str(tmp_path / "source"), str(tmp_path / "imported")])
+    section = yaml.safe_load((tmp_path / "imported/pretrain.yaml").read_text())["model"]
+    words = [f"model.{key}={value}" for key, value in section.items()]
+    words += ["train.num_steps=1", "train.precision=fp32", "train.optimizer={lr: 1.0e-30, ema_decay: 0.9}"]
+    words += [f"run_dir={tmp_path / 'run'}", "zero.stage=3"]
+    run_ranks(2, ["-m", "pretrain.train", "--config", str(config), *words], tmp_path / "logs")
+    begun = checkpoint.newest_valid(tmp_path / "run")
+    read = hugging_face.read(tmp_path / "imported")
+    for key in ("master", "ema"):
+        weight = checkpoint.weights(begun, key)
+        for name in begun.shapes:  # a rate of 1e-30 changes nothing
+            assert torch.equal(weight(name), read.weight(name)[: begun.shapes[name][0]])
+    assert begun.shapes["word_embeddings.weight"][0] < read.shape.vocab_size == 310
+
+
+def test_a_run_of_another_model_or_other_tokens_does_not_begin(tmp_path):
+    gpt2(tmp_path / "source")
+    shape = hugging_face.read(tmp_path / "source").shape
+    with pytest.raises(ConfigError, match=r"another model than model.num_layers=3 \(there: 2\); set model.arch.*=gpt "):
+        load.check_shape(tmp_path / "source", replace(shape, num_layers=3), shape)
+    with pytest.raises(ConfigError, match=r"another model than model.gelu=erf \(there: tanh\)"):
+        exact = replace(shape, style=replace(shape.style, activation="gelu"))
+        load.check_shape(tmp_path / "source", exact, shape)
+    with pytest.raises(ConfigError, match=r"has 300 tokens, the dataset 301; build the dataset with"):
+        load.check_shape(tmp_path / "source", replace(shape, vocab_size=301), shape)
+    make_tokenizer_directory("bert", tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"300 tokens are others in the dataset's tokenizer .*other"):
+        load.check_tokens(tmp_path / "source", SimpleNamespace(tokenizer_dir=tmp_path / "other"))
+    load.check_tokens(tmp_path / "source", SimpleNamespace(tokenizer_dir=tmp_path / "source"))
