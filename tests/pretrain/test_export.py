@@ -121,14 +121,19 @@ def test_card_says_what_is_known_and_what_is_not(tmp_path):
     (folder / "launch.json").write_text(json.dumps({"kind": "local", "command": [], "num_ranks": 4}))
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["data"]["build"] |= {"sources": ["/secret/novels.jsonl"], "licences": {"/secret/novels.jsonl": "CC0"}}
+    config["data"]["dir"] = str(tmp_path / "data")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "data/train").mkdir(parents=True)
+    (tmp_path / "data/train/manifest.json").write_text(json.dumps({"fingerprint": "none"}))  # as the checkpoint says
+    (tmp_path / "data/train/card.html").write_text("the data")
     assert export.run([str(folder)]) == 0
     card = (folder / "export/README.md").read_text()
     for said in (
         "license: other", "| steps | 1 of 1 |", "| held-out loss | 4.2500 |", "90 s, on 4 ranks",
-        "energy | not measured", "`novels.jsonl`: CC0", "(training_curve.svg)",
+        "energy | not measured", "`novels.jsonl`: CC0", "(training_curve.svg)", "[Its card](data_card.html)",
     ):  # fmt: skip
         assert said in card, said
+    assert (folder / "export/data_card.html").read_text() == "the data"
     assert "/secret" not in card and (folder / "export/training_curve.svg").read_bytes().startswith(b"<?xml")
 
 
