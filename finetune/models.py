@@ -26,7 +26,8 @@ def check_directory(model: str) -> None:
             f"model={model}: no such directory; give a Hugging Face directory, for example RUN_DIR/export"
         )
     if not (directory / "config.json").is_file():
-        cure = f"; did you mean {directory / 'export'}?" if (directory / "export/config.json").is_file() else ""
+        inside = sorted(directory.glob("*/config.json"))  # export/ of a pretraining run, model/ of fine-tuning
+        cure = f"; did you mean {inside[0].parent}?" if inside else ""
         raise ConfigError(f"model={model}: has no config.json, so it is not a Hugging Face directory{cure}")
     if not any(directory.glob("*.safetensors")):
         raise ConfigError(

@@ -265,10 +265,11 @@ def test_quotation_marks_of_a_tsv_are_text(tmp_path):
 def test_directory_that_is_no_model_says_what_to_give(tmp_path):
     with pytest.raises(ConfigError, match="no such directory; give a Hugging Face directory"):
         check_directory(str(tmp_path / "nothing"))
-    (tmp_path / "run/export").mkdir(parents=True)
-    (tmp_path / "run/export/config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"has no config.json.*did you mean .*run/export"):
-        check_directory(str(tmp_path / "run"))
+    for place in ("run/export", "tuned/model"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").write_text("{}")
+        with pytest.raises(ConfigError, match=rf"has no config.json.*did you mean .*{place}"):
+            check_directory(str((tmp_path / place).parent))
     (tmp_path / "run/export/pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"Pickles .* can run code"):
         check_directory(str(tmp_path / "run/export"))
