@@ -73,8 +73,8 @@ def load_model(auto: Any, config: FinetuneConfig, tokenizer: PreTrainedTokenizer
 def attention(config: FinetuneConfig) -> str | None:
     """Which of transformers' kinds of attention; None: the model's default, which is torch's fused one.
 
-    Forward and backward of that one in bf16 on a CPU take 1.1 to 3.7 times as long as plain products of matrices, in fp32
-    less (`python -m benchmarks.attention_cpu`). These keep the scores of all pairs of tokens, hence not for long rows.
+    In bf16 on a CPU forward and backward of that one take 1.1 to 3.7 times as long as plain products of matrices
+    (`python -m benchmarks.attention_cpu`). These keep the scores of all pairs of tokens, hence not for long rows.
     """
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"  # runtime.start sees to it
     return "eager" if on_cpu and config.tuning.precision == "bf16" and config.tuning.max_seq_len <= 512 else None
