@@ -14,8 +14,19 @@ from torch.utils.checkpoint import checkpoint
 from configs.model_sizes import BertShape
 from pretrain.kernels.activation import activated
 from pretrain.kernels.attention import sequence_blocks
+from pretrain.kernels.embeddings import bert_embeddings
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX
-from pretrain.models.layers import Bias, Block, Embedding, Linear, Visible, attention_mask, make_norm, rotations
+from pretrain.models.layers import (
+    Bias,
+    Block,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Visible,
+    attention_mask,
+    make_norm,
+    rotations,
+)
 from pretrain.objective import token_losses
 
 PADDING_ID = 0  # of [PAD], in the published vocabularies and in those trained here
@@ -57,8 +68,13 @@ class Bert(nn.Module):
             self.nsp_output = Linear(hidden_size, 2, std)
 
     def external_parameters(self) -> list[tuple[nn.Module, torch.Tensor]]:
-        """(module, parameter) where a module uses a parameter of another one: the MLM output is the embedding."""
-        return [(self, self.word_embeddings.weight), (self, self.mlm_output.bias)]
+        """(module, parameter) where a module uses a parameter of another one: the MLM output is the embedding, and
+        BERT's embeddings are one operation."""
+        used = [self.word_embeddings.weight, self.mlm_output.bias]
+        if self.shape.style.has_pairs:
+            used += [self.position_embeddings.weight, self.token_type_embeddings.weight]
+            used += self.embedding_norm.parameters()
+        return [(self, parameter) for parameter in used]
 
     def forward(
         self,
@@ -113,14 +129,10 @@ class Bert(nn.Module):
             mask = attention_mask(segment_ids, causal=False)
         else:
             mask = sequence_blocks(cu_seqlens, self.shape.num_heads)
-        x = self.word_embeddings(input_ids)
-        if self.shape.style.rope_theta is None:
-            x = x + self.position_embeddings(position_ids)
         if self.shape.style.has_pairs:
-            x = x + self.token_type_embeddings(
-                torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            )
-        x = self.dropout(self.embedding_norm(x))
+            x = self.embed(input_ids, position_ids, token_type_ids)
+        else:
+            x = self.dropout(self.embedding_norm(self.word_embeddings(input_ids)))
         rotation = rotations(self.shape, position_ids)
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
@@ -128,6 +140,17 @@ class Bert(nn.Module):
             else:
                 x = block(x, mask, rotation[layer])
         return self.final_norm(x) if self.shape.style.norm_first else x
+
+    def embed(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, token_type_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What BERT's first block gets: (batch, seq, hidden)."""
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        tables = (self.word_embeddings.weight, self.position_embeddings.weight, self.token_type_embeddings.weight)
+        norm, dropout = self.embedding_norm, self.dropout.p if self.training else 0.0
+        assert isinstance(norm, LayerNorm)
+        ids = (input_ids, position_ids, types)
+        return bert_embeddings(*ids, *tables, norm.weight, norm.bias, norm.eps, PADDING_ID, dropout)
 
     def pair_logits(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
         """(batch, 2), of the hidden states of each sample's [CLS]."""

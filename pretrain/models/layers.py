@@ -7,17 +7,20 @@ is whole only there, and cut into the ranks' pieces as soon as its layer exists.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from configs.model_sizes import Shape
 from configs.model_styles import Style
 from pretrain.kernels.activation import linear_activation, linear_gated_activation
-from pretrain.kernels.add_norm import layer_norm, rms_norm
+from pretrain.kernels.add_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from pretrain.kernels.attention import SequenceBlock, attention, varlen_attention
 from pretrain.kernels.rotary import Rotation, rotary, rotation
 
 # Who may look at whom: an `attention_mask`, None for everybody (or all earlier ones), or the sequences of one long row.
 Visible = torch.Tensor | list[SequenceBlock] | None
+# Of a norm: norm(x), or (norm(s), s) with s = residual + dropout(x), which is one pass over memory on a GPU.
+Normed = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class Linear(nn.Linear):
@@ -54,22 +57,28 @@ class Bias(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a weight of its own, (size,), which starts at one."""
+    """`rms_norm` with a weight of its own, (size,), which starts at one; with a `residual`, `add_rms_norm`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, dropout: float = 0.0) -> Normed:
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps, dropout)
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm by `layer_norm`."""
+    """nn.LayerNorm by `layer_norm`; with a `residual`, `add_layer_norm`."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, dropout: float = 0.0
+    ) -> Normed:
+        if residual is None:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout)
 
 
 def make_norm(size: int, style: Style) -> nn.Module:
@@ -196,12 +205,13 @@ class Block(nn.Module):
         self.attention = Attention(shape, layer, attention_dropout, std, output_std, query_scale)
         self.mlp_norm = make_norm(shape.hidden_size, style)
         self.mlp = MLP(shape, std, output_std)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(self, x: torch.Tensor, mask: Visible, rotation: Rotation | None = None) -> torch.Tensor:
         """x (batch, seq, hidden) -> the same shape; `rotation` of `rotations`."""
+        dropout = self.dropout if self.training else 0.0
         if self.norm_first:
-            x = x + self.dropout(self.attention(self.attention_norm(x), mask, rotation))
-            return x + self.dropout(self.mlp(self.mlp_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask, rotation)))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+            normed, x = self.mlp_norm(self.attention(self.attention_norm(x), mask, rotation), x, dropout)
+            return x + F.dropout(self.mlp(normed), dropout)
+        x, _ = self.attention_norm(self.attention(x, mask, rotation), x, dropout)
+        return self.mlp_norm(self.mlp(x), x, dropout)[0]
