@@ -110,6 +110,12 @@ def part_variants(config: PretrainConfig, base: Changes) -> list[Variant]:
     kernels: list[tuple[str, str, Changes, Changes]] = [
         ("fused output layer and loss", "pretrain/kernels/linear_cross_entropy.py", base, {"kernels": ["loss"]}),
         ("attention kernel", "pretrain/kernels/attention.py", base, {"kernels": ["attention"]}),
+        (
+            "norms, activations and embeddings as on this device",
+            "add_norm.py, activation.py and embeddings.py in pretrain/kernels; MILLSTREAM_KERNELS=off is without them",
+            base,
+            {"kernels": ["between"]},
+        ),
     ]
     listed = [*(gpt if config.model.architecture == "gpt" else bert), *kernels]
     return [Variant(name, settings, (REFERENCE,), look, plain=plain) for name, look, settings, plain in listed]

@@ -14,8 +14,9 @@ It has the samples, layers and update formulas of the loop, and nothing of what 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from torch import nn
 from configs.schema import PretrainConfig
 from data_pipeline.stream import open_stream
 from pretrain import objective
+from pretrain.kernels import activation, add_norm, embeddings
 from pretrain.kernels import attention as attention_kernel
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX, TokenLosses
 from pretrain.models import build_model, layers
@@ -32,7 +34,8 @@ from pretrain.optim import make_optimizer
 from pretrain.runtime import to_device
 
 Batch = dict[str, torch.Tensor]
-KERNELS = ("loss", "attention")
+KERNELS = ("loss", "attention", "between")  # between matrix products: norms, activations, embeddings
+NO_KERNELS = SimpleNamespace(runs_on=lambda *_: False)  # in place of `native`
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -138,9 +141,11 @@ def documents_alone(batch: Batch, is_causal: bool, max_tokens: int) -> Iterator[
 @contextmanager
 def written_out(kernels: Collection[str]) -> Iterator[None]:
     """Inside, the models use what is written out below in place of these kernels (of KERNELS)."""
-    places: list[tuple[Any, str, Callable]] = []
+    places: list[tuple[Any, str, Any]] = []
     if "loss" in kernels:
         places.append((objective, "linear_token_losses", written_out_losses))
+    if "between" in kernels:  # what they do without a GPU is written out in torch's operators
+        places += [(module, "native", NO_KERNELS) for module in (add_norm, activation, embeddings)]
     if "attention" in kernels:
         places += [(module, "attention", written_out_attention) for module in (layers, attention_kernel)]
     kept = [getattr(module, name) for module, name, _ in places]

@@ -7,10 +7,11 @@ import torch
 
 from configs.schema import ModelConfig
 from pretrain import objective
+from pretrain.kernels import native
 from pretrain.kernels.attention import attention
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX, linear_token_losses
 from pretrain.models import build_model
-from pretrain.reference import documents_alone, written_out, written_out_attention, written_out_losses
+from pretrain.reference import KERNELS, documents_alone, written_out, written_out_attention, written_out_losses
 
 SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 3], [1, 1, 1, 1, 0, 0]], dtype=torch.int32)
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0]])
@@ -49,6 +50,18 @@ def test_kernels_are_written_out_inside_of_the_context_only():
     with written_out(["loss"]):
         assert objective.linear_token_losses is written_out_losses
     assert objective.linear_token_losses is kernel
+
+
+@pytest.mark.parametrize("chosen", [[], ["between"], ["loss"]])
+def test_the_reference_uses_no_kernel_of_a_gpu_but_those_that_are_chosen(chosen, kernels, monkeypatch):
+    used = set()
+    launch = native.launch
+    monkeypatch.setattr(native, "launch", lambda name, *a: (used.add(name), launch(name, *a)))
+    model = build_model(ModelConfig(num_layers=1, hidden_size=16, num_heads=2), 50, 6)
+    with written_out(set(KERNELS) - set(chosen)):
+        model(LABELS.clamp(min=0), labels=LABELS)
+    between = {"add_norm_forward", "bias_activation_forward"} if "between" in chosen else set()
+    assert used == between | ({"softmax_gradient_in_place"} if "loss" in chosen else set())
 
 
 def test_documents_become_rows_of_their_own_without_padding_and_longest_first():
