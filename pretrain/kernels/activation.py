@@ -53,6 +53,7 @@ def activated(x: torch.Tensor, kind: Kind) -> torch.Tensor:
 
 @torch.library.custom_op("millstream::bias_activation", mutates_args=())
 def _bias_activation(x: torch.Tensor, bias: torch.Tensor | None, kind: int, is_gated: bool) -> torch.Tensor:
+    assert bias is None or bias.dtype == x.dtype
     x, out = x.contiguous(), _output(x, is_gated)
     native.launch(
         "bias_activation_forward", x, x, bias, out, *_sizes(out), _row_blocks(out), kind, int(is_gated)

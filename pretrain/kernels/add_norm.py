@@ -85,6 +85,7 @@ def _add_norm(
     rms: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, s (empty where it is x itself), mean (empty for RMSNorm) and 1 / standard deviation of each row, fp32."""
+    assert weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     y, added, mean, rstd = _outputs(x, residual, rms)

@@ -38,10 +38,16 @@ class KernelError(RuntimeError):
 
 
 def runs_on(*tensors: torch.Tensor | None) -> bool:
-    """Whether these tensors go to the kernels: all on one GPU, of one dtype of DTYPES, and the library is there."""
+    """Whether these tensors go to the kernels: all on one GPU, of one dtype of DTYPES, and the library is there.
+
+    Not under autocast, which decides itself in which dtype an operator of torch computes.
+    """
     given = [tensor for tensor in tensors if tensor is not None]
-    alike = all(t.device == given[0].device and t.dtype == given[0].dtype for t in given)
-    return alike and given[0].device.type == device_type() and given[0].dtype in DTYPES
+    first = given[0]
+    alike = all(t.device == first.device and t.dtype == first.dtype for t in given)
+    if not (alike and first.device.type == device_type() and first.dtype in DTYPES):
+        return False
+    return not torch.is_autocast_enabled(first.device.type)
 
 
 @torch.compiler.assume_constant_result

@@ -91,6 +91,14 @@ def test_a_layer_with_the_kernel_is_the_layer_without(layer, kind, kernels, monk
     torch.testing.assert_close(with_kernel, layer(x, weight, bias, kind))
 
 
+def test_under_autocast_the_operators_of_torch_are_taken(kernels, monkeypatch):
+    x, weight, bias = torch.randn(3, 8), torch.randn(12, 8), torch.randn(12)
+    monkeypatch.setattr(activation.native, "launch", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_activation(x, weight, bias, "gelu")
+        assert out.dtype == torch.bfloat16 and torch.equal(out, F.gelu(F.linear(x, weight, bias)))
+
+
 def test_without_kernels_a_layer_is_bit_for_bit_that_of_torch():
     x, weight, bias = torch.randn(3, 8), torch.randn(12, 8), torch.randn(12)
     assert torch.equal(linear_activation(x, weight, bias, "gelu"), F.gelu(F.linear(x, weight, bias)))
