@@ -65,6 +65,7 @@ TINY_JOBS: list[dict[str, Any]] = [
         "vocab_size": 99,
     }
 ]
+PEAKS = {"h200": "h200", "h100": "h100-80g", "a100": "a100-80g"}  # in torch's name of a GPU: row of the hardware table
 REPEATS = 20
 
 
@@ -264,8 +265,7 @@ def run_job(job: dict[str, Any], kernels: str) -> dict[str, Any]:
 def peak_flops() -> float | None:
     """Of bf16 matrix products by the data sheet, where the hardware table has this GPU."""
     name = torch.cuda.get_device_name().lower() if DEVICE.type == "cuda" else ""
-    known = {"h200": "h200", "h100": "h100", "a100": "a100-80gb"}
-    return next((gpu(ours).matmul_flops for theirs, ours in known.items() if theirs in name), None)
+    return next((gpu(ours).matmul_flops for theirs, ours in PEAKS.items() if theirs in name), None)
 
 
 def markdown(found: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from benchmarks import gpu as benchmark
+from configs.model_sizes import model_shape
+from configs.schema import ModelConfig
 from tests.conftest import ROOT
 
 
@@ -27,6 +29,46 @@ def test_a_kernel_that_leaves_something_unwritten_does_not_pass(kernels, monkeyp
     monkeypatch.setattr(benchmark.native, "launch", lambda *_: None)
     rows = benchmark.correctness({"norm": [(3, 8)], "embeddings": [], "mlp": [], "loss": []})
     assert not any(row["passed"] for row in rows)
+
+
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
+def test_mfu_is_of_the_data_sheets_peak(name, peak, monkeypatch):
+    monkeypatch.setattr(benchmark, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert benchmark.peak_flops() == peak
+
+
+@pytest.mark.parametrize("job", benchmark.JOBS + benchmark.TINY_JOBS)
+def test_the_models_that_are_trained_exist(job):
+    config = ModelConfig(architecture=job["architecture"], preset=job["preset"], **job.get("model", {}))
+    assert model_shape(config, None, job["seq_len"]).max_seq_len >= job["seq_len"]
+
+
+def test_times_on_a_gpu_are_the_median_of_events_after_three_warm_ups(monkeypatch):
+    class Event:
+        now = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = Event.now
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    calls = []
+
+    def run():
+        calls.append(Event.now)
+        Event.now += 5.0 if len(calls) > 3 else 100.0
+
+    monkeypatch.setattr(benchmark, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("_sleep", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    assert benchmark.milliseconds(run) == 5.0 and len(calls) == benchmark.REPEATS + 3
 
 
 def test_a_contestant_that_fails_is_an_entry_of_the_table(kernels):
