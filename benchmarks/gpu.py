@@ -5,6 +5,7 @@
                   beside torch's operators, torch.compile, and liger, apex and flash-attn where they can be imported
     training      GPT and BERT through the ZeRO-3 engine: tokens/s, MFU (PaLM's), memory, with and without the kernels
     profile       where a step's time on the GPU goes
+    sanitizer     compute-sanitizer over all kernels in small, where it is installed
 
 FOLDER/gpu.json and FOLDER/gpu.md are written anew after each part; a part that fails is an entry there, and the others
 go on. `--tiny` goes through all of it in small, also on a CPU: its times mean nothing, it is there to find errors.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -83,6 +85,7 @@ def main() -> None:
         "correctness": lambda _: correctness(TINY_SHAPES if arguments.tiny else ODD_SHAPES),
         "training": lambda _: training(TINY_JOBS if arguments.tiny else JOBS, arguments.tiny, deadline),
         "kernels": lambda found: kernel_times(found["machine"], arguments.tiny),
+        "sanitizer": lambda _: sanitizer(),
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
@@ -143,6 +146,24 @@ def correctness(shapes: dict[str, list[tuple[int, int]]]) -> list[dict[str, Any]
             row["passed"] = row["same_bits"] and row.get("roundings", 0.0) <= ALLOWED_ROUNDINGS
             rows.append(row)
     torch.use_deterministic_algorithms(False)
+    return rows
+
+
+def sanitizer() -> list[dict[str, Any]]:
+    """What compute-sanitizer's tools say of all kernels on small shapes."""
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if program is None:
+        return [{"tool": "none", "result": "compute-sanitizer is not installed"}]
+    code = "from benchmarks import gpu; assert all(row['passed'] for row in gpu.correctness(gpu.TINY_SHAPES))"
+    rows = []
+    for tool in ("memcheck", "racecheck"):
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=90)
+            last = (result.stdout.strip().splitlines() or ["no output"])[-1]
+            rows.append({"tool": tool, "exit_code": result.returncode, "result": last})
+        except subprocess.TimeoutExpired:
+            rows.append({"tool": tool, "result": "it took more than 90 s"})
     return rows
 
 

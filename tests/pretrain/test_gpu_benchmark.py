@@ -71,6 +71,17 @@ def test_times_on_a_gpu_are_the_median_of_events_after_three_warm_ups(monkeypatc
     assert benchmark.milliseconds(run) == 5.0 and len(calls) == benchmark.REPEATS + 3
 
 
+def test_what_the_sanitizer_finds_is_in_the_table(tmp_path, monkeypatch):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text('#!/bin/sh\necho "========= ERROR SUMMARY: $2"\n[ $2 = memcheck ] || exit 9\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert benchmark.sanitizer() == [
+        {"tool": "memcheck", "exit_code": 0, "result": "========= ERROR SUMMARY: memcheck"},
+        {"tool": "racecheck", "exit_code": 9, "result": "========= ERROR SUMMARY: racecheck"},
+    ]
+
+
 def test_a_contestant_that_fails_is_an_entry_of_the_table(kernels):
     case = next(benchmark.cases(torch.device("cpu"), torch.bfloat16, benchmark.TINY_SHAPES))
     case.contestants["peer"] = lambda *_: 1 / 0
