@@ -38,16 +38,18 @@ ALLOWED_ROUNDINGS = 32  # at the largest element of a result
 ODD_SHAPES = {
     "norm": [(5, 1), (3, 7), (33, 768), (9, 1023), (5, 4097)],
     "embeddings": [(3, 64), (1280, 768)],
+    "rotary": [(5, 6), (1023, 768)],
     "mlp": [(5, 7), (33, 3072), (3, 1023)],
     "loss": [(7, 1023), (5, 4097), (9, 50_257)],
 }
 TIMED_SHAPES = {
     "norm": [(65_536, 768), (32_768, 2048), (16_384, 4096)],
     "embeddings": [(32_768, 1024)],
+    "rotary": [(16_384, 2048)],
     "mlp": [(32_768, 3072), (16_384, 8192)],
     "loss": [(8192, 50_257), (8192, 128_256)],
 }
-TINY_SHAPES = {"norm": [(9, 40)], "embeddings": [(9, 40)], "mlp": [(9, 24)], "loss": [(5, 101)]}
+TINY_SHAPES = {"norm": [(9, 40)], "embeddings": [(9, 40)], "rotary": [(9, 32)], "mlp": [(9, 24)], "loss": [(5, 101)]}
 WHOLE_LOSSES = [(16_384, 768, 50_257), (8192, 2048, 50_257)]  # rows, hidden_size, vocab
 JOBS: list[dict[str, Any]] = [
     {"architecture": "gpt", "preset": "gpt3-125m", "seq_len": 2048, "micro_batch_size": 16},

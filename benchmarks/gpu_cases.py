@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pretrain.kernels import activation, add_norm, native
 from pretrain.kernels.embeddings import bert_embeddings
 from pretrain.kernels.linear_cross_entropy import linear_token_losses
+from pretrain.kernels.rotary import rotary, rotation
 from pretrain.kernels.softmax_gradient import softmax_gradient_
 
 Tensors = tuple[torch.Tensor, ...]
@@ -35,7 +36,9 @@ class Case:
 
 
 def cases(device: torch.device, dtype: torch.dtype, shapes: dict[str, list[tuple[int, int]]]) -> Iterator[Case]:
-    """All operations; shapes: "norm", "embeddings" (rows, hidden), "mlp" (rows, mlp_size), "loss" (rows, vocab)."""
+    """All operations; shapes: "norm", "embeddings" (rows, hidden_size), "rotary" (tokens, hidden_size), "mlp" (rows,
+    mlp_size), "loss" (rows, vocab).
+    """
     torch.manual_seed(0)
     for rows, columns in shapes["norm"]:
         yield add_layer_norm(rows, columns, device, dtype, 0.0)
@@ -44,6 +47,8 @@ def cases(device: torch.device, dtype: torch.dtype, shapes: dict[str, list[tuple
         yield layer_norm(rows, columns, device, dtype)
     for rows, columns in shapes["embeddings"]:
         yield embeddings(rows, columns, device, dtype)
+    for tokens, width in shapes["rotary"]:
+        yield rotary_positions(tokens, width, device, dtype)
     for rows, columns in shapes["mlp"]:
         for kind in activation.KINDS[:2]:
             yield bias_gelu(rows, columns, device, dtype, kind)
@@ -148,6 +153,27 @@ def embeddings(rows: int, columns: int, device: torch.device, dtype: torch.dtype
     return Case(
         "BERT embeddings", f"{ids.numel()} x {columns}", inputs, contestants, eager, 2 * size, 4 * size + table,
         drawn(device, dtype, (*ids.shape, columns)),
+    )  # fmt: skip
+
+
+def rotary_positions(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """Heads of 64, or of the whole width if that is less, and as many keys and values as queries."""
+    head_dim = min(64, width)
+    heads = 3 * width // head_dim
+    angles = rotation(torch.arange(tokens, device=device), head_dim, 10_000.0)
+
+    def eager(x):
+        looking, v = x.split([2 * heads // 3, heads // 3], 2)
+        first, second = looking.to(angles[0].dtype if x.dtype != torch.float64 else x.dtype).chunk(2, -1)
+        cos, sin = angles
+        return torch.cat([torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype), v], 2)
+
+    contestants = {"ours": lambda x: rotary(x, angles, 2 * heads // 3), "eager": eager, "compile": compiled(eager)}
+    shape = (1, tokens, heads, head_dim)
+    size = tokens * heads * head_dim * dtype.itemsize
+    return Case(
+        "rotary positions", f"{tokens} x {heads} x {head_dim}", drawn(device, dtype, shape), contestants, eager,
+        2 * size, 2 * size, drawn(device, dtype, shape),
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from configs.schema import PretrainConfig
 from data_pipeline.stream import open_stream
 from pretrain import objective
-from pretrain.kernels import activation, add_norm, embeddings
+from pretrain.kernels import activation, add_norm, embeddings, rotary
 from pretrain.kernels import attention as attention_kernel
 from pretrain.kernels.linear_cross_entropy import IGNORE_INDEX, TokenLosses
 from pretrain.models import build_model, layers
@@ -34,7 +34,7 @@ from pretrain.optim import make_optimizer
 from pretrain.runtime import to_device
 
 Batch = dict[str, torch.Tensor]
-KERNELS = ("loss", "attention", "between")  # between matrix products: norms, activations, embeddings
+KERNELS = ("loss", "attention", "between")  # between: elementwise, norms, embeddings
 NO_KERNELS = SimpleNamespace(runs_on=lambda *_: False)  # in place of `native`
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -145,7 +145,7 @@ def written_out(kernels: Collection[str]) -> Iterator[None]:
     if "loss" in kernels:
         places.append((objective, "linear_token_losses", written_out_losses))
     if "between" in kernels:  # what they do without a GPU is written out in torch's operators
-        places += [(module, "native", NO_KERNELS) for module in (add_norm, activation, embeddings)]
+        places += [(module, "native", NO_KERNELS) for module in (add_norm, activation, embeddings, rotary)]
     if "attention" in kernels:
         places += [(module, "attention", written_out_attention) for module in (layers, attention_kernel)]
     kept = [getattr(module, name) for module, name, _ in places]

@@ -145,10 +145,9 @@ class Attention(nn.Module):
     def normed_and_rotated(self, qkv: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """qkv (batch, seq, heads, head_dim) with what is done to queries and keys by their positions."""
         if self.query_norm is None or self.key_norm is None:
-            looking, v = qkv.split([self.num_heads + self.kv_heads, self.kv_heads], 2)
-        else:
-            q, k, v = qkv.split([self.num_heads, self.kv_heads, self.kv_heads], 2)
-            looking = torch.cat([self.query_norm(q), self.key_norm(k)], 2)
+            return rotary(qkv, rotation, self.num_heads + self.kv_heads)
+        q, k, v = qkv.split([self.num_heads, self.kv_heads, self.kv_heads], 2)
+        looking = torch.cat([self.query_norm(q), self.key_norm(k)], 2)
         return torch.cat([rotary(looking, rotation), v], 2)
 
 

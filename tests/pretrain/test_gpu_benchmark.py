@@ -18,16 +18,16 @@ from tests.conftest import ROOT
 
 def test_correctness_of_all_kernels_passes_and_names_shape_dtype_and_error(kernels):
     rows = benchmark.correctness(
-        {"norm": [(5, 1), (3, 72)], "embeddings": [(9, 16)], "mlp": [(5, 7)], "loss": [(7, 103)]}
+        {"norm": [(5, 1), (3, 72)], "embeddings": [(9, 16)], "rotary": [(9, 6)], "mlp": [(5, 7)], "loss": [(7, 103)]}
     )
-    assert len(rows) == 3 * (2 * 4 + 1 + 3 + 1)
+    assert len(rows) == 3 * (2 * 4 + 1 + 1 + 3 + 1)
     assert all(row["passed"] for row in rows), [row for row in rows if not row["passed"]]
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16", "float16"}
 
 
 def test_a_kernel_that_leaves_something_unwritten_does_not_pass(kernels, monkeypatch):
     monkeypatch.setattr(benchmark.native, "launch", lambda *_: None)
-    rows = benchmark.correctness({"norm": [(3, 8)], "embeddings": [], "mlp": [], "loss": []})
+    rows = benchmark.correctness({"norm": [(3, 8)], "embeddings": [], "rotary": [], "mlp": [], "loss": []})
     assert not any(row["passed"] for row in rows)
 
 

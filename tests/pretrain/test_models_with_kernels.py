@@ -15,8 +15,8 @@ from tests.ranks import run_ranks
 VOCAB, SEQ = 101, 24
 CASES = {  # preset: architecture, kernels of one layer
     "nano": ("gpt", {"add_norm_forward": 3, "bias_activation_forward": 1}),
-    "llama-nano": ("gpt", {"add_norm_forward": 3, "bias_activation_forward": 1}),
-    "modernbert-nano": ("bert", {"add_norm_forward": 4, "bias_activation_forward": 1}),
+    "llama-nano": ("gpt", {"add_norm_forward": 3, "bias_activation_forward": 1, "rotary_positions": 2}),
+    "modernbert-nano": ("bert", {"add_norm_forward": 4, "bias_activation_forward": 1, "rotary_positions": 2}),
     "bert-nano": ("bert", {"add_norm_forward": 3, "bias_activation_forward": 1, "embeddings_forward": 1}),
 }
 
