@@ -23,7 +23,10 @@ from pretrain.kernels import native
 
 Kind = Literal["gelu_tanh", "gelu", "silu"]
 KINDS: tuple[Kind, ...] = ("gelu_tanh", "gelu", "silu")  # in the order of csrc/activation.cu
-TILES_PER_PROCESSOR = 8  # of 128 threads
+FORWARD_TILES, BACKWARD_TILES = (
+    16,
+    8,
+)  # of 128 threads, for each of the GPU's multiprocessors; backward has partial sums
 MOST_ROW_BLOCKS = 65535  # of a CUDA grid's second axis
 
 
@@ -56,7 +59,7 @@ def _bias_activation(x: torch.Tensor, bias: torch.Tensor | None, kind: int, is_g
     assert bias is None or bias.dtype == x.dtype
     x, out = x.contiguous(), _output(x, is_gated)
     native.launch(
-        "bias_activation_forward", x, x, bias, out, *_sizes(out), _row_blocks(out), kind, int(is_gated)
+        "bias_activation_forward", x, x, bias, out, *_sizes(out), _row_blocks(out, FORWARD_TILES), kind, int(is_gated)
     )  # fmt: skip
     return out
 
@@ -76,11 +79,11 @@ def _sizes(out: torch.Tensor) -> tuple[int, int]:
     return out.numel() // max(1, columns), columns
 
 
-def _row_blocks(out: torch.Tensor) -> int:
+def _row_blocks(out: torch.Tensor, tiles: int) -> int:
     """How many blocks share the rows: so many that the GPU is full, so few that their partial sums are small."""
     rows, columns = _sizes(out)
     tile = 128 * 16 // out.element_size()
-    most = native.num_processors(out.device) * TILES_PER_PROCESSOR
+    most = native.num_processors(out.device) * tiles
     return max(1, min(rows, most // max(1, -(-columns // tile)), MOST_ROW_BLOCKS))
 
 
@@ -92,7 +95,7 @@ def _bias_activation_backward(
     grad_out, x = grad_out.contiguous(), x.contiguous()
     grad_x, grad_bias = _gradients(x, bias)
     rows, columns = _sizes(grad_out)
-    row_blocks = _row_blocks(grad_out)
+    row_blocks = _row_blocks(grad_out, BACKWARD_TILES)
     partial = None if bias is None else bias.new_empty((row_blocks, bias.shape[0]), dtype=torch.float32)
     native.launch(
         "bias_activation_backward", x, grad_out, x, bias, grad_x, None if bias is None else grad_bias, partial, rows,

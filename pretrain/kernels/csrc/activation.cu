@@ -1,7 +1,8 @@
 // out = act(x + bias), or act(gate + bias) * (up + bias): forward and backward. See ../activation.py.
 //
 // A thread has the same columns in all of its rows, so it reads the bias once, and the bias's gradient is a sum in its
-// registers, then over blocks (column_sums.cuh).
+// registers, then over blocks (column_sums.cuh). The pointers are __restrict__, so that a row can be loaded before the
+// last one is stored.
 #include <type_traits>
 
 #include "column_sums.cuh"
@@ -51,7 +52,8 @@ __device__ __forceinline__ void write(T* to, const float value[VEC]) {
 // x (rows, columns), or gated (rows, 2 columns): gate, then up. out (rows, columns).
 template <typename T, int VEC, int KIND, bool GATED>
 __global__ void __launch_bounds__(TILE_THREADS)
-    activation_forward(const T* x, const T* bias, T* out, int64_t rows, int columns) {
+    activation_forward(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ out, int64_t rows,
+                       int columns) {
     const int column = (blockIdx.x * TILE_THREADS + threadIdx.x) * VEC;
     if (column >= columns) return;
     const int64_t width = GATED ? 2 * int64_t(columns) : columns;
@@ -74,9 +76,9 @@ __global__ void __launch_bounds__(TILE_THREADS)
 
 // partial (gridDim.y, columns or 2 columns), null without a bias.
 template <typename T, int VEC, int KIND, bool GATED>
-__global__ void __launch_bounds__(TILE_THREADS) activation_backward(const T* grad_out, const T* x, const T* bias,
-                                                                    T* grad_x, float* partial, int64_t rows,
-                                                                    int columns) {
+__global__ void __launch_bounds__(TILE_THREADS) activation_backward(const T* __restrict__ grad_out, const T* __restrict__ x,
+                                                                    const T* __restrict__ bias, T* __restrict__ grad_x,
+                                                                    float* __restrict__ partial, int64_t rows, int columns) {
     const int column = (blockIdx.x * TILE_THREADS + threadIdx.x) * VEC;
     if (column >= columns) return;
     const int64_t width = GATED ? 2 * int64_t(columns) : columns;
