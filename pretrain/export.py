@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -109,12 +108,10 @@ def convert(directory: Path, options: dict[str, str], form: Form) -> int:
     if output.exists() and not (output / "parity.json").is_file():
         raise ConfigError(f"{output}: exists and is no export; choose another directory")
     model, tokenizer = hugging_face.read(directory), load_tokenizer(directory)
-    aside = output.with_name(f".writing-{output.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_tokenizer(tokenizer, aside, model.shape.max_seq_len)
-    said = write(model, tokenizer, aside, form, model.shape.max_seq_len, directory.resolve().name)
-    parity.finish(aside, output, said)
+    with parity.writing(output) as aside:
+        save_tokenizer(tokenizer, aside, model.shape.max_seq_len)
+        said = write(model, tokenizer, aside, form, model.shape.max_seq_len, directory.resolve().name)
+        parity.finish(aside, output, said)
     print(f"exported {directory} to {output} (largest logit difference {said['max_abs_logit_difference']:.1e})")
     return 0
 
@@ -144,15 +141,14 @@ def export(
     Raises FormatError if the logits of what was written differ from the training model's by more than
     parity.TOLERANCE times the largest; what stood at `output` before is kept then.
     """
-    aside = output.with_name(f".writing-{output.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    copy_tokenizer(run_dir / "tokenizer", aside)
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     shape = model_shape(config.model, found.shapes["word_embeddings.weight"][0], config.train.longest_seq_len)
     model = Weights(shape, checkpoint.weights(found, KEYS[which]))
-    said = write(model, tokenizer, aside, form, config.train.longest_seq_len, run_dir.resolve().name)
-    write_card(config, found, run_dir, aside, which, form.format)
-    parity.finish(aside, output, said)
+    with parity.writing(output) as aside:
+        copy_tokenizer(run_dir / "tokenizer", aside)
+        said = write(model, tokenizer, aside, form, config.train.longest_seq_len, run_dir.resolve().name)
+        write_card(config, found, run_dir, aside, which, form.format)
+        parity.finish(aside, output, said)
     return float(said["max_abs_logit_difference"])
 
 

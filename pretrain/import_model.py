@@ -7,7 +7,6 @@ logits, and where transformers can load the source also those of the source, wer
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -98,21 +97,18 @@ def find_tokenizer(source: Path, given: str | None, model: Weights) -> Tokenizer
 
 def write(model: Weights, tokenizer: Tokenizer | None, source: Path, dest: Path) -> float:
     """Write `dest`; returns the largest logit difference. Raises FormatError, and writes nothing, where it is large."""
-    aside = dest.with_name(f".writing-{dest.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, aside, model.shape.max_seq_len)
-    hugging_face.write(model, aside, hugging_face.special_ids(tokenizer), torch.float32, SHARD_BYTES)
-    (aside / "pretrain.yaml").write_text(configuration(model, dest, tokenizer is not None), encoding="utf-8")
-    ours = model.model()
-    ids = parity.token_ids(model.shape.vocab_size, model.shape.max_seq_len)
-    found = hugging_face.our_logits(ours, ids)
-    compared = parity.compare(found, hugging_face.logits(aside, ids))
-    if (source / "config.json").is_file():
-        of_source = hugging_face.compare_with_source(ours, source, ids, model.fresh)
-        compared = max(compared, of_source, key=lambda one: one["max_abs_logit_difference"] / one["tolerance"])
-    parity.finish(aside, dest, {"format": "hf", "dtype": "fp32", **compared})
+    with parity.writing(dest) as aside:
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, aside, model.shape.max_seq_len)
+        hugging_face.write(model, aside, hugging_face.special_ids(tokenizer), torch.float32, SHARD_BYTES)
+        (aside / "pretrain.yaml").write_text(configuration(model, dest, tokenizer is not None), encoding="utf-8")
+        ours = model.model()
+        ids = parity.token_ids(model.shape.vocab_size, model.shape.max_seq_len)
+        compared = parity.compare(hugging_face.our_logits(ours, ids), hugging_face.logits(aside, ids))
+        if (source / "config.json").is_file():
+            of_source = hugging_face.compare_with_source(ours, source, ids, model.fresh)
+            compared = max(compared, of_source, key=lambda one: one["max_abs_logit_difference"] / one["tolerance"])
+        parity.finish(aside, dest, {"format": "hf", "dtype": "fp32", **compared})
     return float(compared["max_abs_logit_difference"])
 
 

@@ -57,14 +57,12 @@ def read(directory: Path) -> Weights:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise FormatError(f"{directory / 'config.json'}: {reason}; such a model cannot be continued here") from error
     check_sizes(directory / "config.json", shape)
-    tensors = {plain_name(shape_name, settings): get for shape_name, get in open_tensors(directory).items()}
+    tensors = {plain_name(name, settings): get for name, get in open_tensors(directory).items()}
     if shape.style.has_tied_output:
         check_tied(directory, tensors, hf.hf_names(shape, "word_embeddings.weight")[0])
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in empty_model(shape).named_parameters()}
-    wanted = {
-        name: list(hf.to_hf(shape, name, torch.empty(shape_, device="meta"))) for name, shape_ in expected.items()
-    }
+    wanted = {name: list(hf.to_hf(shape, name, torch.empty(size, device="meta"))) for name, size in expected.items()}
     lost = [name for name, theirs in wanted.items() if any(their not in tensors for their, _ in theirs)]
     if body := [name for name in lost if not name.startswith(HEADS)]:
         theirs = next(their for their, _ in wanted[body[0]] if their not in tensors)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,33 @@ def compare(
     return {"max_abs_logit_difference": difference, "max_abs_logit": largest, "tolerance": tolerance * largest}
 
 
+@contextmanager
+def writing(output: Path) -> Iterator[Path]:
+    """An empty directory beside `output` to write into, gone after an error; `finish` makes it `output`."""
+    aside = output.with_name(f".writing-{output.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def finish(aside: Path, output: Path, parity: dict[str, Any], what: str = "the written model's") -> None:
-    """Write parity.json into `aside` and make it `output`; raises FormatError, and removes it, where logits differ.
+    """Write parity.json into `aside` and make it `output`; raises FormatError where logits differ.
 
     What stood at `output` before is kept then.
     """
     difference, allowed = parity["max_abs_logit_difference"], parity["tolerance"]
     if not difference <= allowed or math.isnan(allowed):
-        shutil.rmtree(aside)
         raise FormatError(
             f"{output}: not written: {what} logits differ by {difference:.3g} from the original's "
             f"(allowed {allowed:.3g})"
         )
     (aside / "parity.json").write_text(json.dumps(parity, indent=2), encoding="utf-8")
-    shutil.rmtree(output, ignore_errors=True)
+    old = output.with_name(f".removing-{output.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)  # not removed first: at a crash meanwhile there would be neither
     aside.rename(output)
+    shutil.rmtree(old, ignore_errors=True)

@@ -86,6 +86,7 @@ def test_what_llama_cannot_compute_is_refused(tmp_path):
         export.run([str(tmp_path / "bert"), "format=gguf"])
     with pytest.raises(ConfigError, match="found gpt2 with gelu;"):
         export.run([str(tmp_path / "erf"), "format=gguf"])
+    assert not list((tmp_path / "bert").rglob("*export*"))
 
 
 def test_a_gguf_file_is_imported_with_its_tokenizer(run, tmp_path):

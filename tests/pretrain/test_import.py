@@ -140,7 +140,7 @@ def test_no_code_of_a_pickle_is_run(tmp_path, monkeypatch):
         FormatError, match=r"bin: cannot be read without running code: it names \w+\.mkdir; save its tensors"
     ):
         hugging_face.read(tmp_path / "source")
-    (tmp_path / "source/pytorch_model.bin").write_bytes(pickle.dumps(Dangerous()))
+    (tmp_path / "source/pytorch_model.bin").write_bytes(pickle.dumps(Dangerous(), 2))
     with pytest.raises(FormatError, match=r"pytorch_model\.bin"):
         hugging_face.read(tmp_path / "source")
     assert not (tmp_path / "ran").exists()
