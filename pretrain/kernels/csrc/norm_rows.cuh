@@ -47,6 +47,11 @@ inline dim3 norm_block(int columns) {
     return dim3(threads);
 }
 
+// How many packs of a row are unrolled, so that they stay in registers. Rows that are no multiples of 16 bytes are read
+// element by element; nobody trains with such a width, and unrolled they took half of the compile time.
+template <int VEC>
+constexpr int UNROLLED = VEC == 1 ? 1 : ELEMENTS;
+
 // Column of a thread's pack number i. Packs of neighbours lie side by side.
 template <int VEC>
 __device__ __forceinline__ int column_of(int i) {
@@ -61,14 +66,14 @@ __global__ void __launch_bounds__(THREADS) norm_forward(Norm<T> norm, Source sou
     const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
     if (row >= norm.rows) return;  // a whole warp, or none: with more threads a row there is one row a block
     Pack<T, VEC> value[PACKS];
-#pragma unroll
+#pragma unroll UNROLLED<VEC>
     for (int i = 0; i < PACKS; ++i)
         if (column_of<VEC>(i) < norm.columns) value[i] = source.template read<VEC>(row, column_of<VEC>(i));
 
     float mean = 0.0f;
     if (norm.mean) {
         float sum = 0.0f;
-#pragma unroll
+#pragma unroll UNROLLED<VEC>
         for (int i = 0; i < PACKS; ++i)
             if (column_of<VEC>(i) < norm.columns)
 #pragma unroll
@@ -76,7 +81,7 @@ __global__ void __launch_bounds__(THREADS) norm_forward(Norm<T> norm, Source sou
         mean = row_sum(sum) / float(norm.columns);
     }
     float squares = 0.0f;
-#pragma unroll
+#pragma unroll UNROLLED<VEC>
     for (int i = 0; i < PACKS; ++i)
         if (column_of<VEC>(i) < norm.columns)
 #pragma unroll
@@ -90,7 +95,7 @@ __global__ void __launch_bounds__(THREADS) norm_forward(Norm<T> norm, Source sou
         norm.rstd[row] = rstd;
     }
 
-#pragma unroll
+#pragma unroll UNROLLED<VEC>
     for (int i = 0; i < PACKS; ++i) {
         const int column = column_of<VEC>(i);
         if (column >= norm.columns) continue;
@@ -117,13 +122,13 @@ __device__ __forceinline__ void write_partial(const float mine[ELEMENTS], float*
     __shared__ float sums[ROWS_PER_BLOCK][WARP_COLUMNS];
     partial += int64_t(blockIdx.x) * columns;
     if (blockDim.y == 1) {
-#pragma unroll
+#pragma unroll UNROLLED<VEC>
         for (int i = 0; i < ELEMENTS; ++i)
             if (column_of<VEC>(i / VEC) + i % VEC < columns) partial[column_of<VEC>(i / VEC) + i % VEC] = mine[i];
         return;
     }
     __syncthreads();  // the sums of the other gradient have been read
-#pragma unroll
+#pragma unroll UNROLLED<VEC>
     for (int i = 0; i < ELEMENTS; ++i) sums[threadIdx.y][column_of<VEC>(i / VEC) + i % VEC] = mine[i];
     __syncthreads();
     for (int column = threadIdx.y * 32 + threadIdx.x; column < columns; column += 32 * ROWS_PER_BLOCK) {
@@ -143,14 +148,14 @@ __global__ void __launch_bounds__(THREADS)
     norm_backward(NormGradient<T> norm, Source source, Sink sink, Target target) {
     constexpr int PACKS = ELEMENTS / VEC;
     float of_weight[ELEMENTS], of_bias[ELEMENTS];
-#pragma unroll
+#pragma unroll UNROLLED<VEC>
     for (int i = 0; i < ELEMENTS; ++i) of_weight[i] = of_bias[i] = 0.0f;
 
     for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < norm.rows;
          row += int64_t(gridDim.x) * blockDim.y) {
         const float mean = norm.mean ? norm.mean[row] : 0.0f, rstd = norm.rstd[row];
         Pack<T, VEC> value[PACKS], grad[PACKS], more[PACKS];
-#pragma unroll
+#pragma unroll UNROLLED<VEC>
         for (int i = 0; i < PACKS; ++i) {
             const int column = column_of<VEC>(i);
             if (column >= norm.columns) continue;
@@ -159,7 +164,7 @@ __global__ void __launch_bounds__(THREADS)
             if (norm.grad_rows) more[i] = load<VEC>(norm.grad_rows + row * norm.columns + column);
         }
         float sum = 0.0f, product = 0.0f;
-#pragma unroll
+#pragma unroll UNROLLED<VEC>
         for (int i = 0; i < PACKS; ++i) {
             const int column = column_of<VEC>(i);
             if (column >= norm.columns) continue;
@@ -180,7 +185,7 @@ __global__ void __launch_bounds__(THREADS)
         }
         const float mean_of_gradient = norm.mean ? row_sum(sum) / float(norm.columns) : 0.0f;
         const float along_row = row_sum(product) / float(norm.columns);
-#pragma unroll
+#pragma unroll UNROLLED<VEC>
         for (int i = 0; i < PACKS; ++i) {
             const int column = column_of<VEC>(i);
             if (column >= norm.columns) continue;
