@@ -30,6 +30,11 @@ class TuningConfig(Section):
     warmup_share: Fraction = 0.06  # of all steps; the rate then falls linearly to zero
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # a layer's lr over that of the one above; 1: all the same
+    eval_every: PositiveInt | None = None  # in steps: evaluate meanwhile too, and take the best weights; none: the last
+    metric: str | None = None  # which says what is best; none: the task's first one
+    patience: PositiveInt | None = None  # evaluations without a better one, after which the run ends; none: never
+    save_every: PositiveInt = 500  # in steps: a checkpoint, besides those of evaluations; a killed run goes on from it
+    non_finite_limit: PositiveInt = 3  # steps in a row that had no update, after which the run stops with 70
     seeds: list[int] = [1]  # one run each; metrics are reported for each, with mean and spread
 
 
@@ -92,4 +97,9 @@ class FinetuneConfig(Section):
             )
         if not self.tuning.seeds:
             raise ValueError("tuning.seeds=[]: give at least one seed")
+        if len(set(self.tuning.seeds)) < len(self.tuning.seeds):
+            raise ValueError(f"tuning.seeds={self.tuning.seeds}: each seed is one run; give each once")
+        for key in ("patience", "metric"):
+            if getattr(self.tuning, key) is not None and self.tuning.eval_every is None:
+                raise ValueError(f"tuning.{key} is of evaluations meanwhile; set tuning.eval_every too, in steps")
         return self

@@ -13,7 +13,16 @@ from typing import Any
 
 # Checkpoints from before have no such values.
 ADDED_LATER = frozenset(
-    {"recent_losses", "passed_over", "skipped_in_a_row", "step_seconds", "end_seconds", "time_share"}
+    {
+        "recent_losses",
+        "passed_over",
+        "skipped_in_a_row",
+        "step_seconds",
+        "end_seconds",
+        "time_share",
+        "best_step",
+        "best_loss",
+    }
 )
 
 
@@ -26,6 +35,8 @@ class TrainState:
     end_seconds: float = 0.0  # what an evaluation and a save take at most, as far as known
     time_share: float = 0.0  # of the schedule in the newest step, by a wall-clock budget; see budget.py
     eval_loss: float | None = None  # of the newest evaluation; checkpoint.keep_best goes by it
+    best_step: int = 0  # fine-tuning: of the best evaluation so far, and its eval_loss; see finetune/training.py
+    best_loss: float | None = None
     skipped_in_a_row: int = 0  # the newest steps, if they had no update; guard.non_finite_limit goes by it
     recent_losses: tuple[float, ...] = ()  # of the newest steps, while guard.spike_sigmas looks for spikes
     passed_over: tuple[tuple[int, int], ...] = ()  # batches that no step sees: number of the first, how many; in order

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "launcher": {"configs", "launcher"},
 }
 # What fine-tuning may use of pretraining: what keeps a run. Models come through transformers.
-KEEPS_A_RUN = {"engine", "runtime", "checkpoint", "metrics", "report", "optim"}
+KEEPS_A_RUN = {"engine", "runtime", "checkpoint", "metrics", "report", "optim", "state", "saver", "guard"}
 ENTRY_FILES = {
     "data_pipeline.build",
     "data_pipeline.exchange",

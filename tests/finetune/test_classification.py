@@ -142,14 +142,15 @@ def test_steps_that_are_not_finite_have_no_update_and_say_so(folder):
         "precision": "fp32",
         "num_epochs": 0.2,
         "dropout": 0.0,
-        "optimizer": {"lr": 1e30},
-    }  # the first update ends it
+        "optimizer": {"lr": 1e30},  # the first update ends it
+        "non_finite_limit": 4,
+    }
     run_dir = run(folder, "not-finite", 2, tuning=tuning)
     first, *others = [json.loads(line) for line in (run_dir / "seed-1/metrics.jsonl").read_text().splitlines()]
     assert "skipped" not in first and np.isfinite(first["loss"])
     assert len(others) == 3 and all(line["skipped"] == 1 and not np.isfinite(line["loss"]) for line in others)
     printed = (folder / "not-finite-logs/rank-0.log").read_text()
-    assert "NOT FINITE" in printed and "seed 1: 3 of 4 steps had no update" in printed
+    assert "NOT FINITE" in printed and "seed-1: 3 of 4 steps had no update" in printed
     weights = load_file(run_dir / "model/model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values()), "an update was made of numbers that are none"
 
