@@ -21,14 +21,13 @@ from data_pipeline.shards import DataError
 from finetune.inference import predict
 from finetune.models import check_directory, load_tokenizer
 from finetune.run_dir import finish_run, prepare_run_dir, result_of, summarise, write_json, write_lines
+from finetune.saved_model import SavedModel
 from finetune.saving import save_model
-from finetune.tasks import classification, qa, regression, tagging
+from finetune.tasks.by_name import TASKS
 from finetune.training import Run, make_run, train
 from pretrain import engine, guard, runtime
 from pretrain.checkpoint import CheckpointError
 from pretrain.runtime import Runtime, StopRequest
-
-TASKS = {"classification": classification, "regression": regression, "qa": qa, "tagging": tagging}
 
 
 def main() -> int:
@@ -82,7 +81,8 @@ def finetune(config: FinetuneConfig, ranks: Runtime) -> int:
             outputs = predict(model, task, run.dev_rows, run.padding_id, config.tuning.micro_batch_size, ranks)
             metrics = task.evaluate(config, run.dev, run.dev_rows, outputs)
             if run is runs[0]:
-                save_model(model, tokenizer, run_dir / "model", ranks)
+                about = SavedModel(config=config, about=task.about(examples))
+                save_model(model, tokenizer, about, run_dir / "model", ranks)
                 if ranks.is_first:
                     records = task.records(config, examples, run.dev, run.dev_rows, outputs)
                     write_lines(run_dir / "predictions.jsonl", records)

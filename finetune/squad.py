@@ -50,8 +50,11 @@ class Squad:
     is_v2: bool  # whether to answer is part of the task
 
 
-def read_squad(path: Path) -> Squad:
-    """Read a file of SQuAD's format, version 1.1 or 2.0. Raises DataError naming file, place and what is wrong."""
+def read_squad(path: Path, is_answered: bool = True) -> Squad:
+    """Read a file of SQuAD's format, version 1.1 or 2.0. Raises DataError naming file, place and what is wrong.
+
+    Where it is not `is_answered`, questions need no answers, and those that are there are left out.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -64,7 +67,7 @@ def read_squad(path: Path) -> Squad:
             place = f"{path}: data[{a}].paragraphs[{p}]"
             context = _string(paragraph, "context", place)
             for q, entry in enumerate(_list(paragraph, "qas", place)):
-                questions.append(_question(entry, context, f"{place}.qas[{q}]"))
+                questions.append(_question(entry, context, f"{place}.qas[{q}]", is_answered))
                 is_v2 |= "is_impossible" in entry or not questions[-1].answers
     if not questions:
         raise DataError(f"{path}: holds no questions")
@@ -73,10 +76,10 @@ def read_squad(path: Path) -> Squad:
     return Squad(questions, is_v2)
 
 
-def _question(entry: Any, context: str, place: str) -> Question:
+def _question(entry: Any, context: str, place: str, is_answered: bool) -> Question:
     name, question = str(_field(entry, "id", place)), _string(entry, "question", place)
     answers = []
-    for number, answer in enumerate(_list(entry, "answers", place)):
+    for number, answer in enumerate(_list(entry, "answers", place) if is_answered else []):
         text, start = _string(answer, "text", place), _field(answer, "answer_start", place)
         found = context[start : start + len(text)] if isinstance(start, int) and start >= 0 else None
         if found != text:

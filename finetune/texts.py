@@ -19,16 +19,21 @@ Texts = tuple[str, ...]  # one text, or two
 
 
 def read_rows(
-    path: Path, text_keys: list[str], label_key: str, columns: list[str] | None = None
+    path: Path, text_keys: list[str], label_key: str | None, columns: list[str] | None = None
 ) -> list[tuple[Texts, str, str]]:
-    """(texts, label, file:line) of every example of a file of `read_records`. Raises DataError for a missing column."""
+    """(texts, label, file:line) of every example of a file of `read_records`; without a key the label is "".
+
+    Raises DataError for a missing column.
+    """
     rows = []
     for record, place in read_records(path, columns):
-        for key in [*text_keys, label_key]:
+        for key in [*text_keys, label_key] if label_key else text_keys:
             if record.get(key) is None:
                 found = ", ".join(str(name) for name in record)
-                raise DataError(f"{place}: has no `{key}` (found: {found}); set text_keys and label_key")
-        rows.append((tuple(str(record[key]) for key in text_keys), str(record[label_key]), place))
+                cure = "set text_keys and label_key" if label_key else "set text_keys"
+                raise DataError(f"{place}: has no `{key}` (found: {found}); {cure}")
+        label = str(record[label_key]) if label_key else ""
+        rows.append((tuple(str(record[key]) for key in text_keys), label, place))
     return rows
 
 

@@ -40,6 +40,7 @@ usage: millstream VERB CONFIG [key=value ...]
   export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, weights=ema, dtype=bf16, ...)
   import SOURCE DEST           anybody's GPT or BERT -> a directory that model.init_from goes on from
   finetune CONFIG              an exported directory -> a classifier, regression, question answering, a tagger
+  predict MODEL INPUT          what a fine-tuned model says to a new file, as lines of JSON (--output FILE)
   status RUN_DIR ...           does it run, how far is it, how did it end; of several runs a table
   logs RUN_DIR                 the first failing rank's traceback, then all ranks' logs; --rank N, --follow
   watch RUN_DIR ...            a live page of one run or several overlaid, at http://127.0.0.1:8642 (--host, --port);
@@ -92,6 +93,8 @@ def dispatch(words: list[str]) -> int:
             return start("pretrain.train", config, overrides, num_ranks)
         case ["finetune", config, *overrides]:
             return start("finetune.run", config, overrides, num_ranks)
+        case ["predict", _, _, *_]:
+            return become_module("finetune.predict", words[1:])
         case ["plan", *rest]:
             from launcher.plan_command import plan
 

@@ -30,6 +30,7 @@ ENTRY_FILES = {
     "pretrain.replay",
     "pretrain.host_checks",
     "finetune.run",
+    "finetune.predict",
     "launcher.cli",
     "launcher.demo",
     "finetune.evaluation",

@@ -1,4 +1,4 @@
-"""One file per task, all of the same shape: the functions that the loop in `finetune/run.py` calls, in this order.
+"""One file per task, all of the same shape: the functions that `finetune/run.py` calls, in this order.
 
 load(config)                           -> examples, with the splits `train` and `dev`; checks the files
 encode(config, tokenizer, split)       -> rows: one for each example, or several where it is long
@@ -7,6 +7,9 @@ loss(model, batch)                     -> sum of the losses of the batch's targe
 predict(model, batch)                  -> one array for each row
 evaluate(config, split, rows, outputs) -> metrics
 records(config, examples, split, rows, outputs) -> one object for each example, for predictions.jsonl
+about(examples)                        -> what the model's directory must say for predictions of other files (JSON)
+read_input(config, about, path)        -> examples whose `dev` are those of a file without labels
+LABEL                                  the name of the label in what `records` gives
 """
 
 from __future__ import annotations

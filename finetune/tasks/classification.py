@@ -18,6 +18,8 @@ from finetune.models import load_model
 from finetune.tasks import IGNORE_INDEX, Row
 from finetune.texts import Texts, encode_texts, mean_of_windows, read_rows
 
+LABEL = "label"
+
 
 @dataclass(frozen=True)
 class Split:
@@ -101,6 +103,17 @@ def records(
         }
         for texts, label, row in zip(split.texts, split.labels, of_texts, strict=True)
     ]
+
+
+def about(examples: Examples) -> dict[str, Any]:
+    return {"label_names": examples.label_names}
+
+
+def read_input(config: FinetuneConfig, about: dict[str, Any], path: Path) -> Examples:
+    """The texts of a file; what its labels are is not looked at."""
+    texts = [texts for texts, _, _ in read_rows(path, config.text_keys, None, config.columns)]
+    names = about["label_names"]
+    return Examples(names, Split([], np.zeros(0, np.int64)), Split(texts, np.zeros(len(texts), np.int64)))
 
 
 def _as_number(name: str) -> tuple[int, float, str]:

@@ -8,7 +8,7 @@ points at its first token, and so does a question without one (SQuAD 2.0).
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from finetune.models import load_model
 from finetune.squad import Squad, best_f1_threshold, read_squad, squad_scores
 from finetune.tasks import IGNORE_INDEX, Row
 
+LABEL = "answers"
 LONGEST_QUESTION = 64  # in tokens, as BERT's, and at most a quarter of the row; longer ones are cut at their end
 DEFAULT_OVERLAP = 128  # in tokens, and at most a third of the row
 
@@ -140,6 +141,15 @@ def records(
         }
         for question in split.questions
     ]
+
+
+def about(examples: Examples) -> dict[str, Any]:
+    return {"is_v2": examples.dev.is_v2}
+
+
+def read_input(config: FinetuneConfig, about: dict[str, Any], path: Path) -> Examples:
+    """The questions of a file; answers in it are not looked at. Whether some have none is as in the dev file."""
+    return Examples(Squad([], about["is_v2"]), replace(read_squad(path, is_answered=False), is_v2=about["is_v2"]))
 
 
 def answers_of(settings: AnswersConfig, split: Squad, rows: list[Row], outputs: list[np.ndarray]) -> dict[str, Answer]:

@@ -18,6 +18,8 @@ from finetune.models import load_model
 from finetune.tasks import Row
 from finetune.texts import Texts, encode_texts, mean_of_windows, read_rows
 
+LABEL = "label"
+
 
 @dataclass(frozen=True)
 class Split:
@@ -93,3 +95,13 @@ def records(
         }
         for texts, value, prediction in zip(split.texts, split.values, mean_of_windows(rows, outputs), strict=True)
     ]
+
+
+def about(examples: Examples) -> dict[str, Any]:
+    return {}
+
+
+def read_input(config: FinetuneConfig, about: dict[str, Any], path: Path) -> Examples:
+    """The texts of a file; what its labels are is not looked at."""
+    texts = [texts for texts, _, _ in read_rows(path, config.text_keys, None, config.columns)]
+    return Examples(Split([], np.zeros(0)), Split(texts, np.zeros(len(texts))))

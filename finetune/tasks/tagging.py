@@ -19,11 +19,12 @@ from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBas
 
 from configs.tuning import FinetuneConfig
 from data_pipeline.shards import DataError
-from finetune.conll import Sentence, read_sentences
+from finetune.conll import Sentence, read_sentences, read_words
 from finetune.models import load_model
 from finetune.spans import allowed, are_spans, best_sequence, entity_scores, read_spans, scheme_of, write_tags
 from finetune.tasks import IGNORE_INDEX, Row
 
+LABEL = "tags"
 Pieces = list[int]
 
 
@@ -201,3 +202,14 @@ def records(
         {"words": sentence.words, "tags": sentence.tags, "prediction": tags}
         for sentence, tags in zip(split.sentences, decode(split, rows, outputs), strict=True)
     ]
+
+
+def about(examples: Examples) -> dict[str, Any]:
+    return {"label_names": examples.label_names, "scheme": examples.dev.scheme}
+
+
+def read_input(config: FinetuneConfig, about: dict[str, Any], path: Path) -> Examples:
+    """The sentences of a file; tags in it are not looked at."""
+    names, scheme, constrained = about["label_names"], about["scheme"], config.tagging.constrained
+    splits = (Split(sentences, names, scheme, constrained) for sentences in ([], read_words(path)))
+    return Examples(names, *splits)
