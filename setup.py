@@ -71,6 +71,8 @@ setup(
         "datatrove": ["datatrove"],
         "onnx": ["onnx", "onnxruntime", "onnxscript"],
         "gguf": ["gguf"],
+        "lora": ["peft"],
+        "sweep": ["optuna"],
         "dev": [
             "pytest",
             "pytest-xdist",
@@ -84,6 +86,8 @@ setup(
             "onnxruntime",
             "onnxscript",
             "gguf",
+            "peft",
+            "optuna",
             *S3_SERVER,
         ],
         "bench": ["accelerate"],

@@ -18,6 +18,16 @@ from configs.schema import (
 )
 
 
+class LoraConfig(Section):
+    """Low-rank adaptation (Hu et al. 2022): the weights stay, a product of two thin matrices is added to some."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveInt = 16  # the product is multiplied by alpha / rank
+    dropout: Rate = 0.0  # of what goes into the product
+    # names of modules; none: peft's choice for the architecture, [all-linear]: every linear one but the head
+    targets: list[str] = []
+
+
 class TuningConfig(Section):
     num_epochs: Annotated[float, Field(gt=0)] = 3.0
     batch_size: PositiveInt = 32  # in examples, over all ranks
@@ -30,6 +40,9 @@ class TuningConfig(Section):
     warmup_share: Fraction = 0.06  # of all steps; the rate then falls linearly to zero
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # a layer's lr over that of the one above; 1: all the same
+    lora: LoraConfig | None = None  # none: all weights are trained
+    # classification, of labels in the loss; balanced: as if all were equally frequent; labels that are left out have 1
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None = None
     eval_every: PositiveInt | None = None  # in steps: evaluate meanwhile too, and take the best weights; none: the last
     metric: str | None = None  # which says what is best; none: the task's first one
     patience: PositiveInt | None = None  # evaluations without a better one, after which the run ends; none: never
@@ -95,6 +108,12 @@ class FinetuneConfig(Section):
                 f"tuning.window_overlap={overlap} is more than half of tuning.max_seq_len={self.tuning.max_seq_len}; "
                 f"lower it, or windows hardly move on"
             )
+        if self.from_scratch and self.tuning.lora is not None:
+            raise ValueError(
+                "from_scratch=true with tuning.lora: the new weights would stay as they were drawn; leave one"
+            )
+        if self.tuning.class_weights is not None and self.task != "classification":
+            raise ValueError(f"tuning.class_weights is for task=classification, found task={self.task}; leave it out")
         if not self.tuning.seeds:
             raise ValueError("tuning.seeds=[]: give at least one seed")
         if len(set(self.tuning.seeds)) < len(self.tuning.seeds):

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from configs.load import ConfigError
 from configs.tuning import FinetuneConfig
+from finetune.lora import add_lora
 
 DROPOUTS = (  # of BERT, GPT-2, GPT-Neo and ModernBERT
     "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout",
@@ -50,6 +51,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 def load_model(auto: Any, config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, **head: Any) -> torch.nn.Module:
     """The model of an AutoModelFor... class in fp32, with a new head made from `head`.
 
+    With `tuning.lora` it is peft's model around that one, whose body stays as it is but for what is added to it.
     With `from_scratch` all of its weights are new. The caller seeds torch. Raises ConfigError if the directory lacks
     weights of the model's body: only the head may be new.
     """
@@ -67,6 +69,8 @@ def load_model(auto: Any, config: FinetuneConfig, tokenizer: PreTrainedTokenizer
     body = f"{model.base_model_prefix}."
     if lost := sorted(name for name in info["missing_keys"] if name.startswith(body) and ".pooler." not in name):
         raise ConfigError(f"model={config.model}: lacks {len(lost)} weights of the model's body, such as {lost[0]}")
+    if config.tuning.lora is not None:
+        return add_lora(model, config.tuning.lora, info["missing_keys"])
     return model
 
 

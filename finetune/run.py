@@ -12,6 +12,7 @@ from pathlib import Path
 if not __package__:  # started as a file: the packages lie beside this folder, not in it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from configs.deepspeed_json import deepspeed_json
@@ -61,12 +62,17 @@ def finetune(config: FinetuneConfig, ranks: Runtime) -> int:
     ]
     run_dir = prepare_run_dir(config, ranks)
     results, stop = [], None
+
+    def build() -> torch.nn.Module:
+        model: torch.nn.Module = task.build_model(config, examples, tokenizer)
+        return model
+
     for run in runs:
         metrics = result_of(run_dir, run, ranks)
         if metrics is None:
             runtime.seed_all(run.seed)
             model = engine.initialize(
-                lambda: task.build_model(config, examples, tokenizer),
+                build,
                 config.tuning.optimizer,
                 deepspeed_json(config, ranks.world_size),
                 in_pieces=False,
@@ -82,7 +88,7 @@ def finetune(config: FinetuneConfig, ranks: Runtime) -> int:
             metrics = task.evaluate(config, run.dev, run.dev_rows, outputs)
             if run is runs[0]:
                 about = SavedModel(config=config, about=task.about(examples))
-                save_model(model, tokenizer, about, run_dir / "model", ranks)
+                save_model(model, build, tokenizer, about, run_dir / "model", ranks)
                 if ranks.is_first:
                     records = task.records(config, examples, run.dev, run.dev_rows, outputs)
                     write_lines(run_dir / "predictions.jsonl", records)

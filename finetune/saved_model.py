@@ -28,4 +28,5 @@ def load_about(directory: Path, overrides: list[str]) -> SavedModel:
         cure = f"; did you mean {directory / 'model'}?" if (directory / "model" / ABOUT).is_file() else ""
         raise ConfigError(f"{directory}: has no {ABOUT}, which `millstream finetune` writes into RUN_DIR/model{cure}")
     own = [f"config.model={json.dumps(str(directory), ensure_ascii=False)}", "config.from_scratch=false"]
+    own += ["config.tuning.lora=null"]  # it is merged
     return load_as(SavedModel, path, [*(f"config.{word}" for word in overrides), *own])

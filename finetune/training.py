@@ -80,6 +80,8 @@ def train(
     state = resume(model, run_dir, run.facts, ranks)
     batches = shuffled_batches(run.train_rows, run.chosen, tuning.batch_size, run.seed)  # they never end
     is_stopped = False
+    if ranks.is_first:
+        (run_dir / run.name).mkdir(exist_ok=True)
     kept = CheckpointConfig(keep_last=1, keep_best=1)
     with (
         open_metrics(run_dir / run.name, state.step, num_steps, config.log, ranks.is_first) as metrics,

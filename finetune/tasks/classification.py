@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from configs.load import ConfigError
 from configs.tuning import FinetuneConfig
 from data_pipeline.shards import DataError
 from finetune.metrics import classification_metrics
@@ -25,6 +26,7 @@ LABEL = "label"
 class Split:
     texts: list[Texts]
     labels: np.ndarray  # (examples,) int64
+    weights: np.ndarray  # (labels,) fp64: of each label in the loss
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,33 @@ def load(config: FinetuneConfig) -> Examples:
             raise DataError(f"{place}: label {label!r} does not occur in {config.train} (labels there: {names})")
 
     def split(rows: list[tuple[Texts, str, str]]) -> Split:
-        return Split([texts for texts, _, _ in rows], np.array([index[label] for _, label, _ in rows]))
+        return Split([texts for texts, _, _ in rows], np.array([index[label] for _, label, _ in rows]), weights)
 
+    weights = label_weights(config.tuning.class_weights, names, [index[label] for _, label, _ in train])
     return Examples(names, split(train), split(dev))
+
+
+def label_weights(wanted: str | dict[str, float] | None, names: list[str], labels: list[int]) -> np.ndarray:
+    """The weight of each label in the loss, (labels,) fp64. Raises ConfigError for a label that does not occur. Pure.
+
+    Balanced is examples / (labels x examples of this label), so the weights of all examples have the mean 1.
+    """
+    if wanted is None:
+        return np.ones(len(names))
+    if not isinstance(wanted, dict):
+        return len(labels) / (len(names) * np.bincount(labels, minlength=len(names)))
+    if unknown := wanted.keys() - set(names):
+        raise ConfigError(f"tuning.class_weights: there is no label {min(unknown)!r}; labels are {', '.join(names)}")
+    return np.array([wanted.get(name, 1.0) for name in names])
 
 
 def encode(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, split: Split) -> list[Row]:
     """The rows of all texts; `labels` is the label's number, of each window that of the whole text."""
     rows = encode_texts(tokenizer, split.texts, config.tuning.max_seq_len, config.tuning.window_overlap)
-    return [row | {"labels": int(split.labels[row["example"]])} for row in rows]
+    rows = [row | {"labels": int(split.labels[row["example"]])} for row in rows]
+    if config.tuning.class_weights is None:
+        return rows
+    return [row | {"weight": float(split.weights[row["labels"]])} for row in rows]
 
 
 def build_model(config: FinetuneConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
@@ -68,8 +88,9 @@ def build_model(config: FinetuneConfig, examples: Examples, tokenizer: PreTraine
 
 
 def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of the cross entropies, fp32 scalar; labels are (rows,)."""
-    return F.cross_entropy(_logits(model, batch), batch["labels"], reduction="sum", ignore_index=IGNORE_INDEX)
+    """Sum of the cross entropies, fp32 scalar, each times its `weight` if there is one; labels are (rows,)."""
+    losses = F.cross_entropy(_logits(model, batch), batch["labels"], reduction="none", ignore_index=IGNORE_INDEX)
+    return (losses * batch["weight"]).sum() if "weight" in batch else losses.sum()
 
 
 def predict(model: Any, batch: dict[str, torch.Tensor]) -> list[np.ndarray]:
@@ -79,7 +100,7 @@ def predict(model: Any, batch: dict[str, torch.Tensor]) -> list[np.ndarray]:
 
 def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """(rows, labels) fp32."""
-    return model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits.float()
+    return model(**{name: tensor for name, tensor in batch.items() if name not in ("labels", "weight")}).logits.float()
 
 
 def evaluate(
@@ -113,7 +134,8 @@ def read_input(config: FinetuneConfig, about: dict[str, Any], path: Path) -> Exa
     """The texts of a file; what its labels are is not looked at."""
     texts = [texts for texts, _, _ in read_rows(path, config.text_keys, None, config.columns)]
     names = about["label_names"]
-    return Examples(names, Split([], np.zeros(0, np.int64)), Split(texts, np.zeros(len(texts), np.int64)))
+    weights = np.ones(len(names))
+    return Examples(names, *(Split(of, np.zeros(len(of), np.int64), weights) for of in ([], texts)))
 
 
 def _as_number(name: str) -> tuple[int, float, str]:

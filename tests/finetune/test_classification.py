@@ -27,7 +27,7 @@ from configs.tuning import FinetuneConfig
 from data_pipeline.shards import DataError
 from data_pipeline.tokenizer import make_tokenizer, save_tokenizer
 from finetune.models import check_directory
-from finetune.tasks import classification
+from finetune.tasks import IGNORE_INDEX, classification
 from finetune.texts import read_rows
 from tests.ranks import finish, run_ranks, start_ranks
 
@@ -248,6 +248,29 @@ def test_broken_file_of_examples_is_named(folder, tmp_path, name, content, expec
     with pytest.raises(DataError) as caught:
         classification.load(config)
     assert expected in str(caught.value)
+
+
+def test_class_weights_are_in_the_loss_alone(folder):
+    def examples(weights) -> classification.Examples:
+        return classification.load(FinetuneConfig.model_validate(settings(folder, tuning={"class_weights": weights})))
+
+    labels = examples(None).train.labels
+    balanced = examples("balanced").train.weights
+    np.testing.assert_allclose(balanced * np.bincount(labels), len(labels) / 2)
+    assert examples({"praise": 3}).dev.weights.tolist() == [1, 3]
+    with pytest.raises(ConfigError, match=r"class_weights: there is no label 'good'; labels are blame, praise"):
+        examples({"good": 2})
+
+    logits = torch.tensor([[1.0, 2.0], [0.5, 0.0], [3.0, 1.0]])
+    batch = {"labels": torch.tensor([1, 0, IGNORE_INDEX]), "weight": torch.tensor([3.0, 1.0, 3.0])}
+    found = classification.loss(lambda: type("Out", (), {"logits": logits}), batch)
+    log = logits.log_softmax(-1)
+    assert found.item() == pytest.approx(-3 * log[0, 1].item() - log[1, 0].item())
+
+
+def test_class_weights_are_of_classification(folder):
+    with pytest.raises(ValueError, match=r"class_weights is for task=classification, found task=regression"):
+        FinetuneConfig.model_validate(settings(folder, task="regression", tuning={"class_weights": "balanced"}))
 
 
 def test_label_that_only_the_held_out_file_has_is_named(folder, tmp_path):
