@@ -77,7 +77,9 @@ class FinetuneConfig(Section):
     model: str  # the directory: an export of ours or anybody's
     from_scratch: bool = False  # same architecture and tokenizer, weights drawn anew: the baseline
     train: str  # file of training examples: .jsonl(.gz|.zst), .tsv or .csv; qa: SQuAD's .json; tagging: CoNLL
-    dev: str  # file of held-out examples
+    dev: str = ""  # file of held-out examples
+    # cross-validation: that many runs, each with another part of the training file held out; `dev` is not read
+    folds: Annotated[int, Field(ge=2)] | None = None
     text_keys: list[str] = ["text"]  # one column, or two for sentence pairs
     label_key: str = "label"
     columns: list[str] = []  # of .tsv and .csv files whose first line does not name them
@@ -116,6 +118,10 @@ class FinetuneConfig(Section):
             raise ValueError(f"tuning.class_weights is for task=classification, found task={self.task}; leave it out")
         if not self.tuning.seeds:
             raise ValueError("tuning.seeds=[]: give at least one seed")
+        if not self.dev and self.folds is None:
+            raise ValueError("dev: give a file of held-out examples, or folds=5 for cross-validation on `train`")
+        if self.folds is not None and len(self.tuning.seeds) > 1:
+            raise ValueError(f"folds={self.folds} with tuning.seeds={self.tuning.seeds}: give one seed, or no folds")
         if len(set(self.tuning.seeds)) < len(self.tuning.seeds):
             raise ValueError(f"tuning.seeds={self.tuning.seeds}: each seed is one run; give each once")
         for key in ("patience", "metric"):

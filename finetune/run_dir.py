@@ -1,7 +1,8 @@
 """The run directory of fine-tuning: what it must agree with, and what a finished run leaves in it.
 
-config.yaml  checkpoints/ (of the run that is going on)  seed-N/metrics.jsonl  seed-N/result.json (when it is finished)
-results.json (over all runs)  predictions.jsonl and model/ (of the first one)
+config.yaml, checkpoints/ (of the seed or fold that is going on), results.json (over all of them)
+seed-N/ or fold-N/: metrics.jsonl, result.json (once it is finished); of folds also predictions.jsonl
+predictions.jsonl, model/: of the first seed
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ evaluate(config, split, rows, outputs) -> metrics
 records(config, examples, split, rows, outputs) -> one object for each example, for predictions.jsonl
 about(examples)                        -> what the model's directory must say for predictions of other files (JSON)
 read_input(config, about, path)        -> examples whose `dev` are those of a file without labels
+fold_keys(split)                       -> of each example what folds.py deals it by
+select(split, numbers)                 -> the split of these examples
 LABEL                                  the name of the label in what `records` gives
 """
 

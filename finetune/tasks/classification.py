@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,15 @@ def read_input(config: FinetuneConfig, about: dict[str, Any], path: Path) -> Exa
     names = about["label_names"]
     weights = np.ones(len(names))
     return Examples(names, *(Split(of, np.zeros(len(of), np.int64), weights) for of in ([], texts)))
+
+
+def fold_keys(split: Split) -> list[tuple[int, int]]:
+    """Every label is spread over all folds."""
+    return [(int(label), number) for number, label in enumerate(split.labels)]
+
+
+def select(split: Split, numbers: np.ndarray) -> Split:
+    return replace(split, texts=[split.texts[number] for number in numbers], labels=split.labels[numbers])
 
 
 def _as_number(name: str) -> tuple[int, float, str]:

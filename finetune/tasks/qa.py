@@ -143,6 +143,15 @@ def records(
     ]
 
 
+def fold_keys(split: Squad) -> list[tuple[int, str]]:
+    """Questions about the same text stay together."""
+    return [(0, question.context) for question in split.questions]
+
+
+def select(split: Squad, numbers: np.ndarray) -> Squad:
+    return replace(split, questions=[split.questions[number] for number in numbers])
+
+
 def about(examples: Examples) -> dict[str, Any]:
     return {"is_v2": examples.dev.is_v2}
 

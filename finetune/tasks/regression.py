@@ -97,6 +97,14 @@ def records(
     ]
 
 
+def fold_keys(split: Split) -> list[tuple[int, int]]:
+    return [(0, number) for number in range(len(split.texts))]
+
+
+def select(split: Split, numbers: np.ndarray) -> Split:
+    return Split([split.texts[number] for number in numbers], split.values[numbers])
+
+
 def about(examples: Examples) -> dict[str, Any]:
     return {}
 

@@ -8,7 +8,7 @@ sentences around it, which have no targets.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,15 @@ def records(
         {"words": sentence.words, "tags": sentence.tags, "prediction": tags}
         for sentence, tags in zip(split.sentences, decode(split, rows, outputs), strict=True)
     ]
+
+
+def fold_keys(split: Split) -> list[tuple[int, int]]:
+    """Sentences of the same document stay together, where the file names documents."""
+    return [(0, one.document or -1 - number) for number, one in enumerate(split.sentences)]
+
+
+def select(split: Split, numbers: np.ndarray) -> Split:
+    return replace(split, sentences=[split.sentences[number] for number in numbers])
 
 
 def about(examples: Examples) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from configs.load import ConfigError, load_finetune
 from configs.tuning import TuningConfig
 from finetune.training import check_metric, is_patience_over, judged
 from pretrain.state import TrainState
-from tests.finetune.test_classification import folder, settings  # noqa: F401 (a fixture)
+from tests.finetune.test_classification import folder, records, settings  # noqa: F401 (a fixture)
 from tests.ranks import run_ranks
 
 TUNING = {
@@ -85,6 +85,15 @@ def test_finished_run_is_not_made_again_and_needs_no_checkpoints(runs):
 @pytest.mark.distributed
 def test_run_directory_of_other_settings_is_refused(runs):
     assert "holds a run with tuning.optimizer.lr=0.005, now 0.001. Restore it to go on" in codes(runs, "disturbed")[4]
+
+
+@pytest.mark.distributed
+def test_every_example_is_held_out_once(runs):
+    results = json.loads((runs / "folds/results.json").read_text())
+    assert results["folds"] == 3 and len(results["accuracy"]["per_fold"]) == 3
+    predicted = [line for fold in (1, 2, 3) for line in lines(runs / f"folds/fold-{fold}/predictions.jsonl")]
+    assert sorted(line["text"] for line in predicted) == sorted(line["text"] for line in records(301, 301))
+    assert not (runs / "folds/model").exists()
 
 
 @pytest.mark.distributed

@@ -59,6 +59,7 @@ def main() -> int:
     start("disturbed")
     start("disturbed")  # nothing is left to do
     start("disturbed", "tuning.optimizer.lr=1e-3")
+    start("folds", "folds=3", "tuning.num_epochs=1", "tuning.seeds=[1]")
     start("hopeless", "tuning.optimizer.lr=1e30", "tuning.eval_every=100", "tuning.warmup_share=0")
     return 0
 
