@@ -100,6 +100,16 @@ def flatten(config: BaseModel) -> dict[str, Any]:
     return flat
 
 
+def changes(before: BaseModel, now: BaseModel, may_change: tuple[str, ...]) -> list[str]:
+    """For each setting that differs "key=before, now value", but for keys that begin with one of `may_change`. Pure."""
+    old = flatten(before)
+    return [
+        f"{key}={old.get(key)}, now {value}"
+        for key, value in flatten(now).items()
+        if old.get(key) != value and not key.startswith(may_change)
+    ]
+
+
 def valid_keys(schema: type[BaseModel]) -> list[str]:
     """Dotted names of every setting of `schema`, sections included."""
     keys = []

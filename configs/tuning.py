@@ -17,6 +17,9 @@ from configs.schema import (
     ZeroConfig,
 )
 
+LOWER_IS_BETTER = frozenset({"rmse", "loss", "perplexity"})  # metrics; of all others more is better
+Scalar = str | int | float | bool
+
 
 class LoraConfig(Section):
     """Low-rank adaptation (Hu et al. 2022): the weights stay, a product of two thin matrices is added to some."""
@@ -70,6 +73,40 @@ class TaggingConfig(Section):
     constrained: bool = True  # only sequences that the scheme allows
 
 
+class RangeConfig(Section):
+    """From low to high, both included: whole numbers if both are written as such (1, not 1.0)."""
+
+    low: int | float
+    high: int | float
+    log: bool = False  # every power of ten is as likely as the next one
+    step: int | float | None = None  # none: 1 for whole numbers, any number for others
+
+    @model_validator(mode="after")
+    def _ends_are_in_order(self) -> RangeConfig:
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low} is not below high={self.high}; exchange them")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError(f"log=true with low={self.low}, step={self.step}: needs low above 0 and no step")
+        return self
+
+
+class SweepConfig(Section):
+    """`millstream sweep`: trials of other settings, chosen by Optuna; see docs/finetuning.md."""
+
+    metric: str  # of results.json, whose mean is to be as good as possible
+    num_trials: PositiveInt = 20
+    sampler: Literal["tpe", "random"] = "tpe"  # tpe learns from the trials before (Bergstra et al. 2011)
+    seed: Annotated[int, Field(ge=0)] = 1
+    ranges: dict[str, RangeConfig | list[Scalar]]  # dotted key of this file -> a range, or the values to choose from
+
+    @model_validator(mode="after")
+    def _there_is_something_to_choose(self) -> SweepConfig:
+        empty = [key for key, of in self.ranges.items() if of == []]
+        if not self.ranges or empty:
+            raise ValueError(f"ranges: {empty[0] if empty else 'nothing'} has no values; give low and high, or a list")
+        return self
+
+
 class FinetuneConfig(Section):
     """A downstream task on a Hugging Face directory."""
 
@@ -88,6 +125,7 @@ class FinetuneConfig(Section):
     tuning: TuningConfig = TuningConfig()
     answers: AnswersConfig = AnswersConfig()  # qa
     tagging: TaggingConfig = TaggingConfig()
+    sweep: SweepConfig | None = None
     log: LogConfig = LogConfig()
     zero: ZeroConfig = ZeroConfig()
     launch: LaunchConfig = LaunchConfig()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-LOWER_IS_BETTER = frozenset({"rmse", "loss", "perplexity"})  # of all other metrics more is better
-
 
 def classification_metrics(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> dict[str, float]:
     """Accuracy, F1 and Matthews' correlation; labels and predictions are (examples,) ints in [0, num_labels).

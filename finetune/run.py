@@ -57,6 +57,8 @@ def finetune(config: FinetuneConfig, ranks: Runtime) -> int:
     Writes results.json, and predictions.jsonl and model/ of the first seed; of each fold FOLD/predictions.jsonl
     alone. A run that is finished is not made again.
     """
+    if config.sweep is not None:
+        raise ConfigError("the configuration has a section `sweep`: use millstream sweep, or sweep=null for one run")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     check_directory(config.model)

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from configs.load import ConfigError, dump, flatten, load_finetune
+from configs.load import ConfigError, changes, dump, load_finetune
 from configs.tuning import FinetuneConfig
 from finetune.training import Run, remove_checkpoints
 from pretrain import checkpoint
@@ -56,15 +56,10 @@ def other_configuration(config: FinetuneConfig, run_dir: Path) -> str | None:
         return None
     cure = "Restore it to go on, or choose another run_dir"
     try:
-        before = flatten(load_finetune(run_dir / "config.yaml"))
+        before = load_finetune(run_dir / "config.yaml")
     except ConfigError as error:
         return f"run_dir={run_dir}: holds a run of another version of millstream ({error}). Choose another run_dir"
-    now = flatten(config)
-    changed = [
-        f"{key}={before.get(key)}, now {value}"
-        for key, value in now.items()
-        if before.get(key) != value and not key.startswith(MAY_CHANGE)
-    ]
+    changed = changes(before, config, MAY_CHANGE)
     return f"run_dir={run_dir}: holds a run with {'; '.join(changed)}. {cure}" if changed else None
 
 

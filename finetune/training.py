@@ -22,10 +22,9 @@ import xxhash
 from configs.incidents import append_incident
 from configs.load import ConfigError
 from configs.schema import CheckpointConfig, ScheduleConfig
-from configs.tuning import FinetuneConfig, TuningConfig
+from configs.tuning import LOWER_IS_BETTER, FinetuneConfig, TuningConfig
 from finetune.batches import collate, count_targets, part_of_rank, shuffled_batches, subset
 from finetune.inference import predict
-from finetune.metrics import LOWER_IS_BETTER
 from finetune.tasks import Row
 from pretrain import checkpoint, engine, runtime
 from pretrain.guard import GuardStop, after_step

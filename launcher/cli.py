@@ -40,6 +40,7 @@ usage: millstream VERB CONFIG [key=value ...]
   export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, weights=ema, dtype=bf16, ...)
   import SOURCE DEST           anybody's GPT or BERT -> a directory that model.init_from goes on from
   finetune CONFIG              an exported directory -> a classifier, regression, question answering, a tagger
+  sweep CONFIG                 fine-tunings with settings chosen by Optuna, from the section `sweep` of CONFIG
   predict MODEL INPUT          what a fine-tuned model says to a new file, as lines of JSON (--output FILE)
   status RUN_DIR ...           does it run, how far is it, how did it end; of several runs a table
   logs RUN_DIR                 the first failing rank's traceback, then all ranks' logs; --rank N, --follow
@@ -52,7 +53,7 @@ usage: millstream VERB CONFIG [key=value ...]
                                nodes of SLURM, with the links between them and FOLDER, which they should share
   config CONFIG [key ...]      effective values and where each comes from; --deepspeed: the generated JSON
 
-  --ranks N                    processes on this machine for pretrain, finetune and config --deepspeed
+  --ranks N                    processes on this machine for pretrain, finetune, sweep and config --deepspeed
                                (default: one per GPU, or one)
   --hosts FILE                 pretrain and finetune on the hosts of a hostfile (lines `NAME slots=N`), over ssh
   --launcher NAME              ssh, or deepspeed's pdsh, openmpi, mpich, impi instead
@@ -93,6 +94,10 @@ def dispatch(words: list[str]) -> int:
             return start("pretrain.train", config, overrides, num_ranks)
         case ["finetune", config, *overrides]:
             return start("finetune.run", config, overrides, num_ranks)
+        case ["sweep", config, *overrides]:
+            from launcher.sweep import sweep
+
+            return sweep(config, overrides, num_ranks)
         case ["predict", _, _, *_]:
             return become_module("finetune.predict", words[1:])
         case ["plan", *rest]:
@@ -284,7 +289,7 @@ def show_config(path: str, rest: list[str], num_ranks: int) -> int:
 
         print(json.dumps(deepspeed_json(loaded.config, num_ranks), indent=2))
         return 0
-    values = flatten(loaded.config)
+    values = {name: as_json(value) for name, value in flatten(loaded.config).items()}
     for key in keys:
         if not any(name == key or name.startswith(f"{key}.") for name in values):
             import difflib
@@ -292,10 +297,17 @@ def show_config(path: str, rest: list[str], num_ranks: int) -> int:
             near = difflib.get_close_matches(key, values, n=1)
             raise ConfigError(f"no key `{key}`" + (f"; did you mean `{near[0]}`?" if near else ""))
     shown = [name for name in values if not keys or any(name == k or name.startswith(f"{k}.") for k in keys)]
-    widths = [max(map(len, shown)), max(len(json.dumps(values[name])) for name in shown)]
+    widths = [max(map(len, shown)), max(len(values[name]) for name in shown)]
     for name in shown:
-        print(f"{name:{widths[0]}}  {json.dumps(values[name]):{min(widths[1], 40)}}  {loaded.origin(name)}")
+        print(f"{name:{widths[0]}}  {values[name]:{min(widths[1], 40)}}  {loaded.origin(name)}")
     return 0
+
+
+def as_json(value: object) -> str:
+    """A setting's value on one line; of a dict of sections too."""
+    import json
+
+    return json.dumps(value, default=lambda section: section.model_dump(mode="json"))
 
 
 def check_packages() -> None:
