@@ -91,3 +91,11 @@ def check_causal(model: str) -> int | None:
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         raise ConfigError(f"model={model}: is {', '.join(names) or 'nameless'}; expected a causal model, such as a GPT")
     return getattr(settings, "max_position_embeddings", None)
+
+
+def load_labeller(
+    auto: Any, config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, names: list[str]
+) -> torch.nn.Module:
+    """As `load_model`, with a head whose outputs have these names."""
+    ids = {name: number for number, name in enumerate(names)}
+    return load_model(auto, config, tokenizer, num_labels=len(names), id2label=dict(enumerate(names)), label2id=ids)

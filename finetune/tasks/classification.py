@@ -15,7 +15,7 @@ from configs.load import ConfigError
 from configs.tuning import FinetuneConfig
 from data_pipeline.shards import DataError
 from finetune.metrics import classification_metrics
-from finetune.models import load_model
+from finetune.models import load_labeller
 from finetune.tasks import IGNORE_INDEX, Row
 from finetune.texts import Texts, encode_texts, mean_of_windows, read_rows
 
@@ -80,11 +80,7 @@ def encode(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, split: Sp
 
 
 def build_model(config: FinetuneConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
-    names = dict(enumerate(examples.label_names))
-    ids = {name: number for number, name in names.items()}
-    return load_model(
-        AutoModelForSequenceClassification, config, tokenizer, num_labels=len(names), id2label=names, label2id=ids
-    )
+    return load_labeller(AutoModelForSequenceClassification, config, tokenizer, examples.label_names)
 
 
 def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBas
 from configs.tuning import FinetuneConfig
 from data_pipeline.shards import DataError
 from finetune.conll import Sentence, read_sentences, read_words
-from finetune.models import load_model
+from finetune.models import load_labeller
 from finetune.spans import allowed, are_spans, best_sequence, entity_scores, read_spans, scheme_of, write_tags
 from finetune.tasks import IGNORE_INDEX, Row
 
@@ -144,11 +144,7 @@ def context(
 
 
 def build_model(config: FinetuneConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
-    names = dict(enumerate(examples.label_names))
-    ids = {name: number for number, name in names.items()}
-    return load_model(
-        AutoModelForTokenClassification, config, tokenizer, num_labels=len(names), id2label=names, label2id=ids
-    )
+    return load_labeller(AutoModelForTokenClassification, config, tokenizer, examples.label_names)
 
 
 def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -120,7 +120,7 @@ def test_prediction_of_a_text_is_the_mean_over_its_windows(folder):
     found = [{"example": 0}, {"example": 1}, {"example": 1}]
     outputs = [np.array([0.9, 0.1]), np.array([0.8, 0.2]), np.array([0.1, 0.9])]
     np.testing.assert_allclose(mean_of_windows(found, outputs), [[0.9, 0.1], [0.45, 0.55]])
-    split = classification.Split([("a",), ("b",)], np.array([0, 1]))
+    split = classification.Split([("a",), ("b",)], np.array([0, 1]), np.ones(2))
     assert classification.evaluate(settings(folder), split, found, outputs)["accuracy"] == 1.0
 
 
