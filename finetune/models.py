@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from configs.load import ConfigError
 from configs.tuning import FinetuneConfig
 from finetune.lora import add_lora
+from pretrain.checkpoint import file_hash
 
 DROPOUTS = (  # of BERT, GPT-2, GPT-Neo and ModernBERT
     "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout",
@@ -35,6 +36,11 @@ def check_directory(model: str) -> None:
             f"model={model}: has no .safetensors file. Pickles (pytorch_model.bin) can run code when loaded and "
             f"are not read; convert them with transformers' save_pretrained"
         )
+
+
+def weights_hash(model: str) -> str:
+    """A hash of the directory's weights, so that a run does not go on from others of the same name."""
+    return "-".join(file_hash(path)[:16] for path in sorted(Path(model).glob("*.safetensors")))
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -27,7 +27,7 @@ from configs.tuning import FinetuneConfig
 from data_pipeline.shards import DataError
 from finetune.folds import assign_folds, rows_of
 from finetune.inference import predict
-from finetune.models import check_directory, load_tokenizer
+from finetune.models import check_directory, load_tokenizer, weights_hash
 from finetune.run_dir import finish_run, prepare_run_dir, result_of, summarise, write_json, write_lines
 from finetune.saved_model import SavedModel
 from finetune.saving import save_model
@@ -64,7 +64,9 @@ def finetune(config: FinetuneConfig, ranks: Runtime) -> int:
     check_directory(config.model)
     task, tokenizer = TASKS[config.task], load_tokenizer(config.model)
     examples = task.load(config if config.folds is None else config.model_copy(update={"dev": config.train}))
-    runs = list((runs_of_seeds if config.folds is None else runs_of_folds)(config, task, tokenizer, examples))
+    weights: Any = ranks.gather(weights_hash(config.model) if ranks.is_first else None)[0]
+    facts = {"model.weights": weights}
+    runs = list((runs_of_seeds if config.folds is None else runs_of_folds)(config, task, tokenizer, examples, facts))
     run_dir = prepare_run_dir(config, ranks)
     results, stop = [], None
 
@@ -111,16 +113,16 @@ def finetune(config: FinetuneConfig, ranks: Runtime) -> int:
 
 
 def runs_of_seeds(
-    config: FinetuneConfig, task: ModuleType, tokenizer: PreTrainedTokenizerBase, examples: Any
+    config: FinetuneConfig, task: ModuleType, tokenizer: PreTrainedTokenizerBase, examples: Any, facts: dict[str, str]
 ) -> Iterator[Run]:
     train_rows = task.encode(config, tokenizer, examples.train)
     dev_rows = task.encode(config, tokenizer, examples.dev)
     for seed in config.tuning.seeds:
-        yield make_run(config, f"seed-{seed}", seed, train_rows, examples.dev, dev_rows, tokenizer.pad_token_id)
+        yield make_run(config, f"seed-{seed}", seed, train_rows, examples.dev, dev_rows, tokenizer.pad_token_id, facts)
 
 
 def runs_of_folds(
-    config: FinetuneConfig, task: ModuleType, tokenizer: PreTrainedTokenizerBase, examples: Any
+    config: FinetuneConfig, task: ModuleType, tokenizer: PreTrainedTokenizerBase, examples: Any, facts: dict[str, str]
 ) -> Iterator[Run]:
     """One run for each fold of the training file, which is held out."""
     rows, seed, num_folds = task.encode(config, tokenizer, examples.train), config.tuning.seeds[0], config.folds or 0
@@ -129,7 +131,7 @@ def runs_of_folds(
         others, held_out = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
         dev = task.select(examples.train, held_out)
         train_rows, dev_rows = rows_of(rows, others), rows_of(rows, held_out)
-        yield make_run(config, f"fold-{number + 1}", seed, train_rows, dev, dev_rows, tokenizer.pad_token_id)
+        yield make_run(config, f"fold-{number + 1}", seed, train_rows, dev, dev_rows, tokenizer.pad_token_id, facts)
 
 
 def say_stopped(run: Run, stop: StopRequest, ranks: Runtime) -> int:

@@ -69,12 +69,10 @@ def result_of(run_dir: Path, run: Run, ranks: Runtime) -> dict[str, float] | Non
     found: Any = ranks.gather(json.loads(path.read_text()) if ranks.is_first and path.exists() else None)[0]
     if found is None:
         return None
-    for name in ("train", "dev"):
-        if found["facts"][name] != run.facts[name]:
-            raise ConfigError(
-                f"{path}: is of another {name} file than that of now, or of one that was changed since; choose another "
-                f"run_dir"
-            )
+    for name, now in run.facts.items():
+        if found["facts"].get(name) != now:
+            what = {"model.weights": "of other weights in model="}.get(name, f"of another file {name}=")
+            raise ConfigError(f"{path}: is {what}, or they were changed since; choose another run_dir")
     metrics: dict[str, float] = found["metrics"]
     return metrics
 

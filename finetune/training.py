@@ -46,14 +46,21 @@ class Run:
     dev: Any  # the task's split
     dev_rows: list[Row]
     padding_id: int
-    facts: dict[str, str]  # what a run that goes on must have as it was: its name, hashes of the rows it sees
+    facts: dict[str, str]  # what a run that goes on must have as it was: its name, hashes of weights and rows
 
 
 def make_run(
-    config: FinetuneConfig, name: str, seed: int, train_rows: list[Row], dev: Any, dev_rows: list[Row], padding_id: int
+    config: FinetuneConfig,
+    name: str,
+    seed: int,
+    train_rows: list[Row],
+    dev: Any,
+    dev_rows: list[Row],
+    padding_id: int,
+    facts: dict[str, str],
 ) -> Run:
     chosen = subset(train_rows, config.max_train_examples, seed)
-    facts = {"run": name, "train": fingerprint(train_rows), "dev": fingerprint(dev_rows)}
+    facts = facts | {"run": name, "train": fingerprint(train_rows), "dev": fingerprint(dev_rows)}
     return Run(name, seed, train_rows, chosen, dev, dev_rows, padding_id, facts)
 
 
@@ -188,8 +195,8 @@ def stop_if_hopeless(tuning: TuningConfig, state: TrainState, run: Run, run_dir:
         return
     text = (
         f"{run.name} stopped at step {state.step}: {state.skipped_in_a_row} steps in a row had a loss or gradient that "
-        f"is not finite, see {run_dir / run.name}/metrics.jsonl. Lower tuning.optimizer.lr, raise tuning.warmup_share "
-        f"or try tuning.precision=fp32; if it happens at step 1, the weights in model= are not finite"
+        f"is not finite, see {run_dir / run.name}/metrics.jsonl. In another run_dir, lower tuning.optimizer.lr, raise "
+        f"tuning.warmup_share or try tuning.precision=fp32; if it happens at step 1, weights in model= are not finite"
     )
     if ranks.is_first:
         append_incident(run_dir, "guard_stopped", text, step=state.step, in_a_row=state.skipped_in_a_row)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from configs.load import ConfigError, load_finetune
 from configs.tuning import TuningConfig
-from finetune.training import check_metric, is_patience_over, judged
+from finetune.run_dir import result_of
+from finetune.training import Run, check_metric, is_patience_over, judged
 from pretrain.state import TrainState
 from tests.finetune.test_classification import folder, records, settings  # noqa: F401 (a fixture)
 from tests.ranks import run_ranks
@@ -125,6 +129,20 @@ def test_patience_counts_evaluations_since_the_best():
 def test_metric_that_the_task_has_not_is_named_at_the_start():
     with pytest.raises(ConfigError, match=r"tuning.metric=bleu: the task has no such metric; it has accuracy, f1"):
         check_metric(TuningConfig(metric="bleu", eval_every=1), {"step": 0, "eval_accuracy": 0.5, "eval_f1": 0.5})
+
+
+def test_finished_run_of_other_files_is_refused(tmp_path):
+    alone: Any = SimpleNamespace(is_first=True, gather=lambda value: [value])
+    facts = {"run": "seed-1", "train": "a", "dev": "b", "model.weights": "c"}
+    (tmp_path / "seed-1").mkdir()
+    run = Run("seed-1", 1, [], np.zeros(0), None, [], 0, facts)
+    assert result_of(tmp_path, run, alone) is None
+    (tmp_path / "seed-1/result.json").write_text(json.dumps({"metrics": {"f1": 0.5}, "facts": facts}))
+    assert result_of(tmp_path, run, alone) == {"f1": 0.5}
+    for name, expected in (("train", "of another file train="), ("model.weights", "of other weights in model=")):
+        other = replace(run, facts=facts | {name: "changed"})
+        with pytest.raises(ConfigError, match=expected):
+            result_of(tmp_path, other, alone)
 
 
 @pytest.mark.parametrize("word", ["tuning.patience=3", "tuning.metric=f1"])
