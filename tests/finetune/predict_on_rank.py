@@ -15,7 +15,7 @@ def main() -> int:
     alone = runtime.start()
     runtime.start = lambda: alone  # it may be started once in a process
     for file in sorted(Path(sys.argv[1]).glob("predict-*.yaml")):
-        config = load_finetune(file, ["tuning.num_epochs=1", "log.tensorboard=false"])
+        config = load_finetune(file, ["tuning.num_epochs=1", "max_train_examples=48", "log.tensorboard=false"])
         run.finetune(config, alone)
         found = predict.predictions(Path(config.run_dir) / "model", Path(config.dev or config.train), [])
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)

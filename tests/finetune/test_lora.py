@@ -35,6 +35,7 @@ def runs(folder) -> Path:  # noqa: F811
     tuning = {
         "precision": "fp32",
         "num_epochs": 2,
+        "micro_batch_size": 8,
         "save_every": 10,
         "optimizer": {"lr": 2e-2},
         "lora": {"rank": 4, "dropout": 0.1, "targets": ["query", "value"]},
