@@ -19,6 +19,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -110,6 +111,7 @@ def run(contestant: str, name: str, model: Path, data: Path, out: Path, override
     """The results of one contestant, and for each seed its minutes of wall and of processor time."""
     train, dev = prepare(TASKS[name], data, out)
     run_dir = out / contestant
+    shutil.rmtree(run_dir, ignore_errors=True)  # a run that is finished would not be made again
     command = [
         *(sys.executable, "-m", CONTESTANTS[contestant], "--config", f"configs/finetune/{TASKS[name].config}.yaml"),
         *(f"model={model}", f"train={train}", f"dev={dev}", f"run_dir={run_dir}"),

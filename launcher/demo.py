@@ -77,7 +77,7 @@ def run_steps(root: Path, files: list[str], console: Console) -> None:
             f"from_scratch={str(start == 'scratch').lower()}",
         ]  # fmt: skip
         inputs = [root / "bert/export/model.safetensors", root / "task.train.jsonl", TASK_CONFIG]
-        step(f"classifier {title}", words, inputs, root / start / "results.json")
+        step(f"classifier {title}", words, inputs, root / start / "results.json", root / start)
 
 
 class Steps:
