@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 PACKAGES = ("configs", "data_pipeline", "pretrain", "finetune", "launcher")
+GENERATION = ["rouge-score", "sacrebleu"]  # scores of generated texts
 S3_SERVER = ["moto[s3]", "flask", "flask-cors"]  # for tests; moto's own extra `server` brings a hundred packages
 
 
@@ -73,6 +74,7 @@ setup(
         "gguf": ["gguf"],
         "lora": ["peft"],
         "sweep": ["optuna"],
+        "generation": GENERATION,
         "dev": [
             "pytest",
             "pytest-xdist",
@@ -88,6 +90,7 @@ setup(
             "gguf",
             "peft",
             "optuna",
+            *GENERATION,
             *S3_SERVER,
         ],
         "bench": ["accelerate"],

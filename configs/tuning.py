@@ -107,10 +107,26 @@ class SweepConfig(Section):
         return self
 
 
+class GenerationConfig(Section):
+    """Generation: what stands before the target, how texts are decoded, how they are compared."""
+
+    # the columns' names in braces, as "{text} TL;DR:"; none: each text and then an empty line
+    prompt: str | None = None
+    max_new_tokens: PositiveInt = 64  # the room that sources leave in tuning.max_seq_len
+    num_beams: PositiveInt = 1  # 1: no beams
+    length_penalty: float = 1.0  # of beams: their scores are divided by length ** this
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0  # 0: any may come again
+    temperature: Annotated[float, Field(ge=0)] = 0.0  # 0: the most probable token or beam; above: sampling
+    top_k: Annotated[int, Field(ge=0)] = 0  # sampling among so many; 0: all
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # sampling among those that make up so much of the probability
+    metrics: Annotated[list[Literal["exact_match", "rouge", "bleu", "chrf"]], Field(min_length=1)] = ["exact_match"]
+    bleu_tokenizer: Literal["13a", "intl", "zh", "char", "none"] = "13a"  # sacreBLEU's; zh for Chinese
+
+
 class FinetuneConfig(Section):
     """A downstream task on a Hugging Face directory."""
 
-    task: Literal["classification", "regression", "qa", "tagging"]
+    task: Literal["classification", "regression", "qa", "tagging", "generation"]
     model: str  # the directory: an export of ours or anybody's
     from_scratch: bool = False  # same architecture and tokenizer, weights drawn anew: the baseline
     train: str  # file of training examples: .jsonl(.gz|.zst), .tsv or .csv; qa: SQuAD's .json; tagging: CoNLL
@@ -126,6 +142,7 @@ class FinetuneConfig(Section):
     answers: AnswersConfig = AnswersConfig()  # qa
     tagging: TaggingConfig = TaggingConfig()
     sweep: SweepConfig | None = None
+    generation: GenerationConfig = GenerationConfig()
     log: LogConfig = LogConfig()
     zero: ZeroConfig = ZeroConfig()
     launch: LaunchConfig = LaunchConfig()
@@ -154,6 +171,12 @@ class FinetuneConfig(Section):
             )
         if self.tuning.class_weights is not None and self.task != "classification":
             raise ValueError(f"tuning.class_weights is for task=classification, found task={self.task}; leave it out")
+        room = self.tuning.max_seq_len - self.generation.max_new_tokens
+        if self.task == "generation" and room < 1:
+            raise ValueError(
+                f"generation.max_new_tokens={self.generation.max_new_tokens} leaves no room for a source in "
+                f"tuning.max_seq_len={self.tuning.max_seq_len}; raise the latter"
+            )
         if not self.tuning.seeds:
             raise ValueError("tuning.seeds=[]: give at least one seed")
         if not self.dev and self.folds is None:

@@ -28,7 +28,7 @@ from data_pipeline.shards import DataError
 from finetune.folds import assign_folds, rows_of
 from finetune.inference import predict
 from finetune.models import check_directory, load_tokenizer, weights_hash
-from finetune.run_dir import finish_run, prepare_run_dir, result_of, summarise, write_json, write_lines
+from finetune.run_dir import finish_run, prepare_run_dir, result_of, say_cuts, summarise, write_json, write_lines
 from finetune.saved_model import SavedModel
 from finetune.saving import save_model
 from finetune.tasks.by_name import TASKS
@@ -68,6 +68,8 @@ def finetune(config: FinetuneConfig, ranks: Runtime) -> int:
     facts = {"model.weights": weights}
     runs = list((runs_of_seeds if config.folds is None else runs_of_folds)(config, task, tokenizer, examples, facts))
     run_dir = prepare_run_dir(config, ranks)
+    if ranks.is_first:
+        say_cuts(runs[0])
     results, stop = [], None
 
     def build() -> torch.nn.Module:

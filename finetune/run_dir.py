@@ -13,6 +13,7 @@ from typing import Any
 
 from configs.load import ConfigError, changes, dump, load_finetune
 from configs.tuning import FinetuneConfig
+from finetune.batches import count_targets
 from finetune.training import Run, remove_checkpoints
 from pretrain import checkpoint
 from pretrain.runtime import Runtime
@@ -61,6 +62,17 @@ def other_configuration(config: FinetuneConfig, run_dir: Path) -> str | None:
         return f"run_dir={run_dir}: holds a run of another version of millstream ({error}). Choose another run_dir"
     changed = changes(before, config, MAY_CHANGE)
     return f"run_dir={run_dir}: holds a run with {'; '.join(changed)}. {cure}" if changed else None
+
+
+def say_cuts(run: Run) -> None:
+    """Print how many texts were cut, of tasks that count it, and how many rows have nothing to learn from."""
+    for name, rows in (("train", run.train_rows), ("dev", run.dev_rows)):
+        if cut := [row["cut"] for row in rows if row.get("cut")]:
+            print(f"{name}: {len(cut)} of {len(rows)} sources cut to fit tuning.max_seq_len, by {sum(cut)} tokens")
+    if without := sum(not count_targets(row) for row in run.train_rows):
+        print(
+            f"train: {without} of {len(run.train_rows)} examples left out: their targets do not fit tuning.max_seq_len"
+        )
 
 
 def result_of(run_dir: Path, run: Run, ranks: Runtime) -> dict[str, float] | None:

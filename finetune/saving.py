@@ -41,6 +41,8 @@ def save_model(
         settings = module.config
         settings.architectures, settings.dtype = [type(module).__name__], "float32"
         settings.save_pretrained(aside)
+        if getattr(module, "generation_config", None) is not None:
+            module.generation_config.save_pretrained(aside)
         save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
         text = json.dumps(about.model_dump(mode="json"), indent=1, ensure_ascii=False)
         (aside / ABOUT).write_text(text, encoding="utf-8")

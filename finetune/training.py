@@ -23,6 +23,7 @@ from configs.incidents import append_incident
 from configs.load import ConfigError
 from configs.schema import CheckpointConfig, ScheduleConfig
 from configs.tuning import LOWER_IS_BETTER, FinetuneConfig, TuningConfig
+from data_pipeline.shards import DataError
 from finetune.batches import collate, count_targets, part_of_rank, shuffled_batches, subset
 from finetune.inference import predict
 from finetune.tasks import Row
@@ -60,6 +61,9 @@ def make_run(
     facts: dict[str, str],
 ) -> Run:
     chosen = subset(train_rows, config.max_train_examples, seed)
+    chosen = chosen[[count_targets(train_rows[row]) > 0 for row in chosen]]
+    if not len(chosen):
+        raise DataError(f"{config.train}: no target fits into tuning.max_seq_len={config.tuning.max_seq_len}; raise it")
     facts = facts | {"run": name, "train": fingerprint(train_rows), "dev": fingerprint(dev_rows)}
     return Run(name, seed, train_rows, chosen, dev, dev_rows, padding_id, facts)
 

@@ -22,6 +22,6 @@ IGNORE_INDEX = -100  # a label that is no target
 
 # One encoded row. A list of numbers has one for each token and is padded to the longest row of its batch: input_ids,
 # attention_mask, token_type_ids; `labels` may be one too, or a single number (NaN is no target either), or a tuple.
-# `example`, the row's place in its split, and `offsets` stay on the host.
+# `example`, the row's place in its split, `offsets`, and `cut`, how many tokens were left out, stay on the host.
 Row = dict[str, Any]
-ON_HOST = frozenset({"example", "offsets"})
+ON_HOST = frozenset({"example", "offsets", "cut"})

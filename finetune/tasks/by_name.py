@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from finetune.tasks import classification, qa, regression, tagging
+from finetune.tasks import classification, generation, qa, regression, tagging
 
 TASKS: dict[str, ModuleType] = {
     "classification": classification,
     "regression": regression,
     "qa": qa,
     "tagging": tagging,
+    "generation": generation,
 }

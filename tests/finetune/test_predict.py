@@ -21,7 +21,7 @@ from finetune.squad import read_squad
 from finetune.tasks.by_name import TASKS
 from finetune.texts import read_rows
 from tests.conftest import ROOT
-from tests.finetune import test_classification, test_qa, test_regression, test_tagging
+from tests.finetune import test_classification, test_generation, test_qa, test_regression, test_tagging
 from tests.ranks import run_ranks
 
 MODULES: dict[str, ModuleType] = {
@@ -29,6 +29,7 @@ MODULES: dict[str, ModuleType] = {
     "regression": test_regression,
     "qa": test_qa,
     "tagging": test_tagging,
+    "generation": test_generation,
 }
 
 
