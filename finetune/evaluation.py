@@ -42,8 +42,13 @@ def evaluate(config: EvaluationConfig) -> None:
     check_directory(config.model)
     questions = {name: read_questions(t, t.file) for name, t in config.tasks.items() if t.type != "perplexity"}
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir}: cannot be written ({error}); choose a directory you can write to"
+        ) from None
     tokenizer = load_tokenizer(config.model)
     scorer = load_scorer(config.model, config.max_seq_len, config.batch_tokens, config.precision)
     results: dict[str, Any] = {}

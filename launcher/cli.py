@@ -39,7 +39,7 @@ usage: millstream VERB CONFIG [key=value ...]
   replay RUN_DIR|CONFIG STEP   runs the batch of that step again and shows where its numbers go wrong (exact=false)
   export RUN_DIR               newest checkpoint -> a Hugging Face directory (step=N, weights=ema, dtype=bf16, ...)
   import SOURCE DEST           anybody's GPT or BERT -> a directory that model.init_from goes on from
-  finetune CONFIG              an exported directory -> a classifier, regression, question answering, a tagger
+  finetune CONFIG              an exported directory -> a classifier, regression, question answering, tags, texts
   sweep CONFIG                 fine-tunings with settings chosen by Optuna, from the section `sweep` of CONFIG
   predict MODEL INPUT          what a fine-tuned model says to a new file, as lines of JSON (--output FILE)
   status RUN_DIR ...           does it run, how far is it, how did it end; of several runs a table

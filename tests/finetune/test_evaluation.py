@@ -19,6 +19,7 @@ from configs.load import ConfigError, load_as, load_finetune
 from configs.schema import TokenizerConfig
 from data_pipeline.shards import DataError
 from data_pipeline.tokenizer import make_tokenizer, save_tokenizer
+from finetune import evaluation
 from finetune.in_context import Asked, Question, ask, evaluate_choice, evaluate_cloze, read_questions
 from finetune.likelihoods import Request, Score, Scorer, load_scorer, windows
 from finetune.models import load_tokenizer
@@ -234,6 +235,13 @@ def test_faults_of_the_configuration_are_named(folder, tmp_path):
         load_as(EvaluationConfig, file)
     with pytest.raises(ConfigError, match=r"describes an evaluation; use `millstream evaluate"):
         load_finetune(file)
+
+
+def test_a_run_dir_that_cannot_be_written_is_named(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = config_of(folder, one=choice(folder)).model_copy(update={"run_dir": str(tmp_path / "file/run")})
+    with pytest.raises(ConfigError, match=r"file/run: cannot be written .*; choose a directory"):
+        evaluation.evaluate(config)
 
 
 def test_the_harness_gets_the_directory_and_all_options(folder):

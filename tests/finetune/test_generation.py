@@ -18,6 +18,7 @@ from configs.schema import TokenizerConfig
 from configs.tuning import FinetuneConfig
 from data_pipeline.shards import DataError
 from data_pipeline.tokenizer import make_tokenizer, save_tokenizer
+from finetune.lora import merged
 from finetune.models import load_tokenizer
 from finetune.tasks import IGNORE_INDEX, generation
 from finetune.text_metrics import generation_metrics
@@ -184,6 +185,22 @@ def test_padding_does_not_change_what_is_generated(folder, decoding):
         end = model.generation_config.eos_token_id
         alone = model.generate(prompt, attention_mask=torch.ones_like(prompt))[0, prompt.shape[1] :].tolist()
         assert ids.tolist() == (alone[: alone.index(end)] if end in alone else alone)
+
+
+def test_lora_generates_as_told_and_so_does_what_it_is_merged_into(folder):
+    pytest.importorskip("peft", reason="peft is not installed (extra lora)")
+    config = config_of(
+        folder, tuning={"lora": {"rank": 2}}, generation={"max_new_tokens": 5, "metrics": ["exact_match"]}
+    )
+    torch.manual_seed(0)
+    model = generation.build_model(config, generation.load(config), load_tokenizer(config.model)).eval()
+    batch = padded(rows_of(folder, [("sun moon", "x")]))
+    (ids,) = generation.predict(model, batch)
+    whole = merged(
+        model, {name: weight.detach().clone() for name, weight in model.named_parameters()}, folder / "adapter"
+    )
+    assert whole.generation_config.max_new_tokens == 5 and len(ids) <= 5
+    assert generation.predict(whole.eval(), batch)[0].tolist() == ids.tolist()
 
 
 def test_sampling_follows_the_seed(folder):
