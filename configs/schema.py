@@ -195,6 +195,7 @@ class ModelConfig(Section):
     attention_dropout: Rate = 0.0
     mup: MupConfig | None = None  # gpt with adamw: models of any width have the same best settings
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, a third more compute
+    compile: bool = False  # torch.compile of each block, in training; needs a C++ compiler, see docs/training.md
 
 
 class OptimizerConfig(Section):
@@ -368,6 +369,11 @@ class PretrainConfig(Section):
             raise ValueError(
                 f"model.mup is for model.architecture=gpt with train.optimizer.type=adamw, found {model.architecture} "
                 f"with {train.optimizer.type}; leave model.mup out"
+            )
+        if model.compile and self.data.unpad:
+            raise ValueError(
+                "model.compile=true with data.unpad=true: batches without padding have another shape at every step, "
+                "and each would be compiled anew; turn one of them off"
             )
         if problem := _phase_problem(train, model):
             raise ValueError(problem)

@@ -5,7 +5,8 @@ A list made from the configuration and the number of ranks, without running anyt
     reference   float32, one process, plain PyTorch, every document alone (pretrain/reference.py)
       + one part of the loop each: rows of many documents, batches without padding, the fused kernels
     the training loop with all of these: one rank, ZeRO 0, float32, the batch at once
-      + accumulation, + ranks, + ZeRO 1, 2, 3, + activation checkpointing, + bf16, + the `deepspeed:` section
+      + accumulation, + ranks, + ZeRO 1, 2, 3, + activation checkpointing, + torch.compile, + bf16, + the `deepspeed:`
+        section
     the configuration as it is
 
 Each knows its parents, the runs that it differs from by one change; that is what names a culprit.
@@ -41,13 +42,13 @@ class Variant:
         return [f"{key}={json.dumps(value)}" for key, value in self.settings.items()]
 
 
-def loss_variants(config: PretrainConfig, num_ranks: int, num_steps: int) -> list[Variant]:
-    """All runs; a parent comes before its children."""
+def loss_variants(config: PretrainConfig, num_ranks: int, num_steps: int, can_compile: bool = True) -> list[Variant]:
+    """All runs; a parent comes before its children. can_compile: whether torch.compile works on this machine."""
     base = base_settings(config, num_ranks, num_steps)
     parts = part_variants(config, base)
     used = tuple(p.name for p in parts if p.settings["data.unpad"] == config.data.unpad or "kernels" in (p.plain or {}))
     _, small = batch_sizes(config, num_ranks)
-    loop = loop_variants(config, base | {"data.unpad": config.data.unpad}, small, num_ranks, used)
+    loop = loop_variants(config, base | {"data.unpad": config.data.unpad}, small, num_ranks, used, can_compile)
     return [*references(base), *parts, *loop]
 
 
@@ -72,6 +73,7 @@ def base_settings(config: PretrainConfig, num_ranks: int, num_steps: int) -> dic
         "model.dropout": 0.0,
         "model.attention_dropout": 0.0,
         "model.activation_checkpointing": False,
+        "model.compile": False,
         "data.unpad": False,
         "data.num_workers": 0,
         "zero.stage": 0,
@@ -122,7 +124,7 @@ def part_variants(config: PretrainConfig, base: Changes) -> list[Variant]:
 
 
 def loop_variants(
-    config: PretrainConfig, base: Changes, small: int, num_ranks: int, parts: tuple[str, ...]
+    config: PretrainConfig, base: Changes, small: int, num_ranks: int, parts: tuple[str, ...], can_compile: bool
 ) -> list[Variant]:
     """The training loop, from its simplest form to the configuration as it is; its `parts` are tried before."""
     whole, stage = base["train.global_batch_size"], config.zero.stage
@@ -151,6 +153,9 @@ def loop_variants(
     runs += [stages[1], stages[2], stages[3]]
     name, look = f"{ranks}, ZeRO {stage}, checkpointing", "a recomputation in backward that is not what forward was"
     runs.append(change(stages[stage], name, look, {"model.activation_checkpointing": True}))
+    if can_compile and not config.data.unpad:  # which is not compiled, see configs/schema.py
+        name, look = f"{ranks}, ZeRO {stage}, compiled", "pretrain/models/compiled.py, or torch's compiler itself"
+        runs.append(change(stages[stage], name, look, {"model.compile": True}))
     if config.deepspeed:
         name, look = f"{ranks}, ZeRO {stage}, deepspeed: section", f"its keys: {', '.join(config.deepspeed)}"
         runs.append(change(stages[stage], name, look, {"deepspeed": config.deepspeed}))
@@ -162,6 +167,7 @@ def as_configured(config: PretrainConfig, on_stage: Variant, base: Changes, runs
     own = {
         "train.precision": config.train.precision,
         "model.activation_checkpointing": config.model.activation_checkpointing,
+        "model.compile": config.model.compile,
         "deepspeed": config.deepspeed,
     }
     name = f"{on_stage.name}, {config.train.precision}, as configured"

@@ -13,6 +13,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+from configs.compiler import what_compile_lacks
 from configs.load import ConfigError, load_pretrain
 from configs.schema import PretrainConfig
 from launcher.local import Signals, run_local, visible_devices
@@ -39,13 +40,16 @@ def prove_loss(file: str, words: list[str], num_ranks: int | None) -> int:
     config = load_pretrain(file, overrides)
     num_steps = read_steps(words)
     ranks = num_ranks or len(visible_devices()) or 2
-    variants = loss_variants(config, ranks, num_steps)
+    lacking = what_compile_lacks()
+    variants = loss_variants(config, ranks, num_steps, can_compile=lacking is None)
     for variant in variants:  # faults of the configuration show before anything is started
         load_pretrain(file, [*overrides, *variant.words])
     parent = Path(config.run_dir).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="prove-loss-", dir=parent))
     introduce(config, ranks, num_steps)
+    if lacking:
+        print(f"model.compile=true is not compared: torch.compile needs {lacking}", flush=True)
     try:
         signals = Signals()
         curves: dict[str, Curve] = {}

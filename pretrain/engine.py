@@ -72,6 +72,9 @@ def initialize(
     stage = json["zero_optimization"]["stage"]
     with deepspeed.zero.Init(config_dict_or_path=json, enabled=in_pieces and stage == 3):
         model = build()
+    for module in model.modules():
+        if getattr(module, "is_compiled", False):  # its weights are gathered together, outside of what is compiled
+            deepspeed.utils.set_z3_leaf_module(module, True)
     if stage == 3:
         for module, parameter in getattr(model, "external_parameters", list)():
             deepspeed.zero.register_external_parameter(module, parameter)

@@ -28,6 +28,7 @@ from pretrain.checkpoint import CheckpointError
 from pretrain.load import begin, load
 from pretrain.metrics import read_metrics
 from pretrain.models import build_model
+from pretrain.models.compiled import use_uncompiled
 from pretrain.not_finite import count_not_finite, watch
 from pretrain.objective import count_targets, global_mean
 from pretrain.runtime import Runtime
@@ -69,6 +70,7 @@ def replay(config: PretrainConfig, number: int, is_exact: bool, ranks: Runtime) 
     batches, batch_origin = batches_of_step(run_dir, data, batch, ranks)
     runtime.seed_all(config.train.seed, step, ranks.rank)
     model.train()
+    use_uncompiled(model.module)  # inside of a compiled block nothing can be watched
     with watch(model.module) as seen:
         losses = add_up_gradient(config, model, batches, step, ranks)
     gradients = {name: gradient.float().norm().item() for name, gradient in engine.gradients(model)}

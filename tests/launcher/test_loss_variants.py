@@ -71,6 +71,13 @@ def test_a_deepspeed_section_is_a_change_of_its_own():
     assert with_section == ["2 ranks, ZeRO 3, deepspeed: section"]
 
 
+def test_compiled_is_a_change_of_its_own_where_there_is_a_compiler_and_a_shape_that_stays():
+    assert "2 ranks, ZeRO 3, compiled" in variants(GPT)
+    assert not any("compiled" in name for name in variants(BERT))  # without padding
+    without = loss_variants(PretrainConfig(**GPT), 2, 4, can_compile=False)
+    assert not any("compiled" in variant.name for variant in without)
+
+
 @pytest.mark.parametrize("micro, ranks, expected", [(8, 2, (8, 2)), (1, 1, (2, 1)), (6, 2, (8, 2)), (32, 1, (32, 16))])
 def test_batch_is_about_a_micro_batch_and_divides_into_two_micro_batches_a_rank(micro, ranks, expected):
     config = PretrainConfig(run_dir="x", train={"micro_batch_size": micro, "global_batch_size": 96})

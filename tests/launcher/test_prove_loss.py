@@ -85,6 +85,7 @@ def test_a_setting_that_changes_the_training_is_named_and_all_else_is_one_traini
 )
 def test_a_planted_fault_is_found_and_named(folder, architecture, fault, culprit, monkeypatch, capfd):
     monkeypatch.setattr(prove_loss, "PROGRAM", "tests.launcher.faulty_loop")
+    monkeypatch.setattr(prove_loss, "what_compile_lacks", lambda: "a minute, which this test does not have")
     monkeypatch.setenv("FAULT", fault)
     assert prove_loss.prove_loss(str(folder / f"{architecture}.yaml"), [], num_ranks=1) == 1
     assert [line for line in capfd.readouterr().out.splitlines() if line.startswith(f"culprit: {culprit}")]
