@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from launcher.plan_job import Job, attended_tokens, count_block_parameters, count_parameters
 
-CHUNK_ELEMENTS = 1 << 23  # of logits in memory at once, as in pretrain/kernels/linear_cross_entropy.py
+# Of logits in memory at once, as in pretrain/kernels/linear_cross_entropy.py
+CHUNK_ELEMENTS, MOST_ELEMENTS = 1 << 23, 1 << 26
 BLOCK_QUERIES = 256  # of blockwise attention on CPUs, as in pretrain/kernels/attention.py
 LOCAL_QUERIES = 128  # of attention with a window, as there
 LARGE_BLOCK = 32 * 2**20  # bytes; glibc maps what is larger by itself and gives it back when it is freed
@@ -203,12 +204,14 @@ def _loss_blocks(job: Job, on_cpu: bool) -> list[Block]:
     """The fused output layer: gradients instead of logits, a chunk of logits, see kernels/linear_cross_entropy.py."""
     v, h, e = job.shape.vocab_size, job.shape.hidden_size, job.element_bytes
     rows = job.micro_batch_size * job.seq_len * job.target_share
-    chunk = min(rows * v, max(CHUNK_ELEMENTS, v))
-    softmax = 4 * (min(chunk, 1 << 18) if on_cpu else chunk)  # fp32
+    num_chunks = max(1, -(-rows // min(max(CHUNK_ELEMENTS // v, 2 * h), max(1, MOST_ELEMENTS // v))))
+    chunk = rows / num_chunks * v
+    softmax = 2 * 4 * (min(chunk, 1 << 18) if on_cpu else chunk)  # the logits and their softmax, fp32
+    total = [Block("output layer", 4 * v * h, 4 * v * h)] if num_chunks > 1 else []
     return [
         Block("output layer", chunk * e + softmax + 2 * rows * h * e, chunk * e),
-        Block("output layer", 4 * v * h, 4 * v * h),  # the sum of the weight's gradient
-        Block("output layer", e * v * h, e * v * h),  # what a chunk adds to it
+        *total,  # the sum of the weight's gradient
+        Block("output layer", e * v * h, e * v * h),  # a chunk's part of it
     ]
 
 

@@ -25,7 +25,7 @@ from pretrain.kernels import native
 from pretrain.kernels.softmax_gradient import softmax_gradient_
 
 IGNORE_INDEX = -100
-CHUNK_ELEMENTS = 1 << 23  # logits in memory at once; on a 2-core CPU smaller and larger chunks were slower
+CHUNK_ELEMENTS, MOST_ELEMENTS = 1 << 23, 1 << 26  # logits in memory at once, see `rows_of_a_chunk`
 # On a CPU the softmax goes through a chunk in blocks whose fp32 copy (1 MiB) stays in the cache: 2.7 times faster. One
 # exponential an element: log_softmax and then an exponential of that took 1.8 times as long.
 CACHED_ELEMENTS = 1 << 18
@@ -121,10 +121,11 @@ class _LinearTokenLosses(torch.autograd.Function):
 def rows_of_a_chunk(num_rows: int, hidden_size: int, vocab_size: int) -> int:
     """How many rows have their logits in memory at once; all chunks of `num_rows` rows are about equally long.
 
-    About CHUNK_ELEMENTS logits. But each further chunk adds a whole (vocab, hidden_size) gradient to the others, so
-    with a large vocabulary there are at least `hidden_size` rows in a chunk: the sum is then no longer than it is wide.
+    About CHUNK_ELEMENTS logits: on a CPU smaller and larger chunks were slower. But each further chunk adds a whole
+    (vocab, hidden_size) gradient to the others, which with few rows takes longer than their matrix products, so a chunk
+    has 2 x hidden_size rows, if these are more and no more than MOST_ELEMENTS logits.
     """
-    most = max(CHUNK_ELEMENTS // vocab_size, hidden_size)
+    most = min(max(CHUNK_ELEMENTS // vocab_size, 2 * hidden_size), max(1, MOST_ELEMENTS // vocab_size))
     return max(1, -(-num_rows // max(1, -(-num_rows // most))))
 
 
