@@ -10,6 +10,7 @@ it (`load_fragments`) follows from that.
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,6 +94,23 @@ def backward(engine: Any, loss: torch.Tensor) -> None:
     batches have equally many targets. `loss` is already divided by the global count, so both divisions are undone.
     """
     engine.backward(loss * engine.world_size, scale_wrt_gas=False)
+
+
+@contextmanager
+def without_reduction(engine: Any) -> Iterator[None]:
+    """Inside, forward and `torch.autograd.grad` leave the engine as it is, also where blocks are compiled.
+
+    DeepSpeed reduces the gradients of a block whose weights it gathers together by a backward hook of the block, which
+    autograd.grad calls too; those of other parameters when they are accumulated, which autograd.grad does not do.
+    """
+    kept = [(module, module._backward_hooks) for module in deepspeed.utils.get_z3_leaf_modules(engine.module)]
+    for module, _ in kept:
+        module._backward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for module, hooks in kept:
+            module._backward_hooks = hooks
 
 
 def update(engine: Any, is_wanted: bool = True) -> bool:

@@ -108,13 +108,14 @@ class Verification:
         parameters = [parameter for parameter in self.model.module.parameters() if parameter.requires_grad]
         train, totals = self.config.train, dict[str, torch.Tensor]()
         runtime.seed_all(train.seed, self.step, self.ranks.rank)
-        for batch in self.batches:
-            self.ranks.mark("forward", self.step)
-            sums = self.model.module(**batch, label_smoothing=train.label_smoothing, z_loss=train.z_loss)
-            self.ranks.mark("backward", self.step)
-            loss = global_mean(sums, self.counts) * self.model.world_size  # as `engine.backward`
-            torch.autograd.grad(loss, parameters, allow_unused=True)
-            totals = {name: totals.get(name, 0.0) + part.detach() for name, part in sums.items()}
+        with engine.without_reduction(self.model):
+            for batch in self.batches:
+                self.ranks.mark("forward", self.step)
+                sums = self.model.module(**batch, label_smoothing=train.label_smoothing, z_loss=train.z_loss)
+                self.ranks.mark("backward", self.step)
+                loss = global_mean(sums, self.counts) * self.model.world_size  # as `engine.backward`
+                torch.autograd.grad(loss, parameters, allow_unused=True)
+                totals = {name: totals.get(name, 0.0) + part.detach() for name, part in sums.items()}
         for hook in hooks:
             hook.remove()
         runtime.seed_all(train.seed, self.step, self.ranks.rank)  # as if nothing had been

@@ -59,13 +59,13 @@ def test_compiled_blocks_train_as_they_are_written_within_rounding_and_evaluate_
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_compiled_run_is_bitwise_the_same_after_a_resume_with_dropout_and_checkpointing(tmp_path):
+def test_a_compiled_run_is_bitwise_the_same_resumed_and_verified_with_dropout_and_checkpointing(tmp_path):
     config = make_config(tmp_path)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     settings = ["model.compile=true", "model.activation_checkpointing=true", "model.dropout=0.1", "train.num_steps=4"]
     run(config, whole, *settings, "checkpoint.every_steps=2")
     shutil.copytree(whole / "checkpoints" / "step-00000002", resumed / "checkpoints" / "step-00000002")
-    run(config, resumed, *settings)
+    run(config, resumed, *settings, "guard.verify_every_steps=1")
     assert [line["step"] for line in lines(resumed)] == [3, 4]
     assert lines(resumed) == lines(whole)[-2:]
 
