@@ -96,7 +96,7 @@ class _LinearTokenLosses(torch.autograd.Function):
                 continue
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=torch.float32)
-            torch.mm(logits, weight, out=grad_hidden[rows])
+            grad_hidden[rows] = logits @ weight
             grad_weight = _add(grad_weight, logits.t() @ hidden[rows])
         if needs_grad and grad_weight is None:  # there was no target
             grad_weight = torch.zeros_like(weight)
