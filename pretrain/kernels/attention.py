@@ -4,7 +4,7 @@
 
 On a CPU torch's fused operator spends most of its time in a backward pass that does not keep the cores' bf16 units
 busy. Matrix products over blocks of queries do, and a causal block skips the keys after it: forward and backward
-together are 2.5 times faster at 128 tokens, 1.3 to 1.6 times at 512 and no longer at 1,024 (docs/benchmarks.md), where
+together are 2.5 times faster at 128 tokens, 1.5 to 1.9 times at 512 and no longer at 1,024 (docs/benchmarks.md), where
 the scores leave the cache; with a mask torch's operator is slower, and blocks win there too. The scores are rounded to
 bf16 once, as in any attention written out in bf16; the softmax sums in fp32.
 

@@ -120,3 +120,14 @@ def test_without_gradients_the_loss_is_the_same():
 def test_label_outside_of_the_vocabulary_is_refused(label):
     with pytest.raises(ValueError, match="the vocabulary has 5 entries"):
         linear_cross_entropy(torch.randn(1, 4), torch.randn(5, 4), None, torch.tensor([label]))
+
+
+def test_under_autocast_loss_and_gradients_are_those_of_torch_within_its_rounding():
+    inputs, labels = tensors(50, 8, 101, torch.float32, False)
+    (expected, *_), gradients = reference(inputs, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(inputs[0], inputs[1], None, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    for tensor, gradient in zip(inputs, gradients, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), gradient, rtol=0, atol=2e-2 * gradient.abs().max().item())
