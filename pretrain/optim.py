@@ -14,6 +14,7 @@ from pretrain.optimizers.average import keep_average
 from pretrain.optimizers.lamb import Lamb
 from pretrain.optimizers.lion import Lion
 from pretrain.optimizers.muon import Muon
+from pretrain.optimizers.slices import unsplit
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig, layer_decay: float = 1.0) -> torch.optim.Optimizer:
@@ -33,6 +34,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, layer_decay: float
             optimizer = Lamb(groups, config.lr, config.betas, config.eps)
         case "muon":
             optimizer = Muon(groups, config.lr, config.momentum, config.betas, config.eps)
+            # By name it knows fused matrices; what ZeRO puts in the parameters' place gets its layout from the engine.
+            optimizer.layouts = {whole: unsplit(whole, name) for name, whole in model.named_parameters()}
     for group in optimizer.param_groups:
         group["lr"] = config.lr * group["lr_scale"]
     if config.ema_decay is not None:

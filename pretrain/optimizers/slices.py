@@ -37,9 +37,9 @@ class Layout:
         return [flat.narrow(0, part.offset, part.lengths[self.rank]) for part in self.slices]
 
 
-def unsplit(parameter: torch.Tensor) -> Layout:
+def unsplit(parameter: torch.Tensor, name: str = "") -> Layout:
     """The layout of a tensor that is one whole parameter, as without ZeRO."""
-    return Layout((Slice("", tuple(parameter.shape), 0, (parameter.numel(),)),))
+    return Layout((Slice(name, tuple(parameter.shape), 0, (parameter.numel(),)),))
 
 
 def sum_per_parameter(pieces: list[torch.Tensor], layout: Layout) -> torch.Tensor:

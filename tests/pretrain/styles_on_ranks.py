@@ -14,8 +14,6 @@ from configs.schema import ModelConfig, PretrainConfig
 from pretrain import engine, runtime
 from pretrain.models import build_model
 from pretrain.optim import make_optimizer
-from pretrain.optimizers.muon import Muon
-from pretrain.optimizers.slices import Layout, Slice
 
 VOCAB_SIZE, SEQ_LEN, BATCH, STEPS = 131, 24, 4, 3
 SMALL = {"num_layers": 3, "hidden_size": 32, "activation_checkpointing": True}
@@ -63,9 +61,6 @@ def plain_losses(config: PretrainConfig) -> list[float]:
     runtime.seed_all(3)
     model = build_model(config.model, VOCAB_SIZE, SEQ_LEN).train()
     optimizer = make_optimizer(model, config.train.optimizer)
-    if isinstance(optimizer, Muon):  # which goes by names, as the engine gives them
-        for name, whole in model.named_parameters():
-            optimizer.layouts[whole] = Layout((Slice(name, tuple(whole.shape), 0, (whole.numel(),)),))
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()

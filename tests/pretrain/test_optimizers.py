@@ -109,6 +109,17 @@ def test_muon_makes_query_key_and_value_orthogonal_each_for_itself():
     assert torch.equal(made, torch.cat([direction(part, alone) for part in matrix.chunk(3)]))
 
 
+def test_muon_without_zero_takes_fused_matrices_apart_too():
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(num_layers=1, hidden_size=32, num_heads=2), 100, 16)
+    optimizer = make_optimizer(model, OptimizerConfig(type="muon", lr=0.1, weight_decay=0.0))
+    weight = model.blocks[0].attention.qkv.weight
+    before, weight.grad = weight.detach().clone(), torch.randn_like(weight)
+    expected = direction(weight.grad, Slice("qkv.weight", (96, 32), 0, (96 * 32,)))  # the first momentum is a gradient
+    optimizer.step()
+    torch.testing.assert_close((before - weight.detach()) / 0.1, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_muon_leaves_everything_but_the_matrices_of_the_blocks_to_adamw():
     model = build_model(ModelConfig(num_layers=2, hidden_size=32, num_heads=2), 100, 16)
     optimizer = make_optimizer(model, OptimizerConfig(type="muon"))
