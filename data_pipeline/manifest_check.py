@@ -44,7 +44,7 @@ class _Manifest(BaseModel):
     tokenizer_fingerprint: str
     fingerprint: str
     documents: NonNegativeInt
-    tokens: PositiveInt
+    tokens: NonNegativeInt
     document_end_id: int | None = None
     shards: list[_Shard]
     files: list[_File]

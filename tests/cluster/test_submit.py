@@ -215,6 +215,10 @@ def test_run_goes_on_on_the_node_that_is_left(cluster, undisturbed):
     assert launch and launch.num_ranks == 1
 
 
+def is_early(job: dict[str, str]) -> bool:
+    return job["JobState"] == "PENDING" or job["RunTime"] < "00:00:15"
+
+
 def kill_second_node(cluster: Cluster, rank: int) -> None:
     """SIGKILL for all of it: slurmd, the daemon of the step, and the rank."""
     file = cluster.folder / "slurm/slurmd.n2.pid"
@@ -229,6 +233,8 @@ def test_time_limit_and_preemption_are_survived_and_scancel_saves_and_ends_the_r
     wait_until(lambda: read_incidents(run_dir), None)
     limit = read_incidents(run_dir)[0]
     assert (limit["kind"], limit["code"]) == ("requeue", 138) and "was asked to save" in limit["text"]
+    # early in its minute: after half of it it has been asked to save, and goes back into the queue whatever its limit
+    wait_until(lambda: is_early(cluster.fields(limited_job)), None, seconds=90)
     cluster.ask("scontrol", "update", f"JobId={limited_job}", "TimeLimit=60")
     reached = read_incidents(run_dir)[-1]["step"] + 5
     wait_until(lambda: cluster.fields(limited_job)["JobState"] == "RUNNING" and has_reached(run_dir, reached)(), None)
