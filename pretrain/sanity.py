@@ -41,9 +41,10 @@ def check_start(
     """Tokenizers, labels of a batch of `step`, what the model can see. Raises ConfigError with all that is wrong."""
     datasets = [*data.samples.datasets.values(), *validation.samples.datasets.values()]
     problems = tokenizer_problems(datasets)
-    step = min(step, config.train.num_steps - 1)  # a run that is finished may be started too
     ranks.mark("data", step)
-    made = next(iter(data.samples.micro_batches(step, ranks.rank, ranks.world_size)))
+    # a run that is finished may be started too: it has no further batch
+    batch_step = min(step, config.train.num_steps - 1)
+    made = next(iter(data.samples.micro_batches(batch_step, ranks.rank, ranks.world_size)))
     ranks.mark("start", step)
     batch = data.expand({name: torch.from_numpy(array) for name, array in made.items()})
     counts = {name: int(n) for name, n in _sum(label_counts(batch, config), ranks).items()}

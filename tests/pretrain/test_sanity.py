@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
@@ -86,9 +87,9 @@ def opened(config: PretrainConfig):
     return Bare(build_model(config.model, data.vocab_size, config.train.seq_len)), data, validation
 
 
-def check(config: PretrainConfig, model, data, validation, step: int = 0) -> None:
+def check(config: PretrainConfig, model, data, validation, step: int = 0, ranks: Alone = ALONE) -> None:
     try:
-        sanity.check_start(config, model, data, validation, step, ALONE)
+        sanity.check_start(config, model, data, validation, step, ranks)
     finally:
         data.close()
         validation.close()
@@ -102,6 +103,14 @@ def first_line(model, validation) -> dict[str, float]:
         totals.update({name: loss.item() for name, loss in model(**batch).items()})
         counts.update(count_targets([batch]))
     return {f"eval_{name}": loss for name, loss in mean_losses(totals, counts).items()}
+
+
+def test_run_that_is_finished_is_checked_as_at_its_last_step_and_named_by_its_own(tmp_path):
+    config = configuration(tmp_path, *CASES[0])
+    marks: list[tuple[str, int]] = []
+    ranks = dataclasses.replace(ALONE, mark=lambda phase, step: marks.append((phase, step)))
+    check(config, *opened(config), step=config.train.num_steps, ranks=ranks)
+    assert marks == [("data", config.train.num_steps), ("start", config.train.num_steps)]
 
 
 @pytest.mark.parametrize(("architecture", "data"), CASES)
