@@ -126,27 +126,32 @@ def no_mark(phase: str, step: int) -> None:
 def read_ring(path: Path) -> Ring | None:
     """The ring at `path`; None if there is none or if it is none of ours.
 
-    The rank goes on while its page is copied. Marks that it may have written over meanwhile are left out.
+    The rank goes on while its page is copied, in no order that is known. So of the copy those marks are taken that were
+    finished before it began, and of them not those that may have been written over before it had ended.
     """
-    while True:
-        try:
-            content, after = path.read_bytes(), path.read_bytes()
-        except OSError:
-            return None
-        if len(content) != PAGE or len(after) != PAGE:
-            return None
-        words, count_after = memoryview(content).cast("q"), memoryview(after).cast("q")[COUNT]
-        magic, rank, world_size, pid, main_thread, started, count = words[: COUNT + 1]
-        if magic != MAGIC:
-            return None
-        kept = range(max(0, count_after + 1 - CAPACITY), count)
-        if kept or not count:
-            break
+    try:
+        with path.open("rb", buffering=0) as file:
+            while True:
+                before, content, after = (os.pread(file.fileno(), PAGE, 0) for _ in range(3))
+                if not len(before) == len(content) == len(after) == PAGE:
+                    return None
+                words = memoryview(content).cast("q")
+                if words[0] != MAGIC:
+                    return None
+                count, count_after = (memoryview(page).cast("q")[COUNT] for page in (before, after))
+                kept = range(max(0, count_after + 1 - CAPACITY), count)
+                if kept or count <= 0:
+                    break
+    except OSError:
+        return None
+    rank, world_size, pid, main_thread, started = words[1:COUNT]
     host = bytes(words[HOST_WORDS]).rstrip(b"\0").decode(errors="replace")
     marks = []
     for number in kept:
-        place = HEADER_WORDS + number % CAPACITY * 3
-        marks.append((words[place] / 1e9, words[place + 1], PHASES[words[place + 2]]))
+        when, step, phase = words[(place := HEADER_WORDS + number % CAPACITY * 3) : place + 3]
+        if not 0 <= phase < len(PHASES):
+            return None
+        marks.append((when / 1e9, step, PHASES[phase]))
     return Ring(rank, world_size, pid, main_thread, started / 1e9, host, count, tuple(marks), words[NUM_BYTES])
 
 
